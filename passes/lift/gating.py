@@ -1,0 +1,101 @@
+"""How ids were chosen: the router's scores behind them, and the form of gating between. Evidence, never a
+condition.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ultraep_compile.passes.lift.nodes import GraphFacts, is_buffer, is_call, is_param, op_name, tensor
+from ultraep_compile.passes.lift.rules.products import PRODUCTS
+from ultraep_compile.passes.lift.sizes import Size, product, same
+
+_SELECTIONS = frozenset({"topk", "sort", "argsort", "max", "argmax", "min", "argmin"})
+_FURTHEST = 300
+"""Nodes to look back over at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gating:
+    form: str
+    scores: fx.Node | None
+
+
+def find_gating(facts: GraphFacts, ids: fx.Node, weight: fx.Node | None, experts: int) -> Gating:
+    """Walk back from the ids to the latest product [tokens, >= experts], and name what lies between."""
+    shape = facts.shape(ids)
+    tokens = (product(shape[:-1]), product(shape))  # the last dim of the ids may be the choices or not
+    scores, between = _walk_back(facts, [ids], tokens, experts)
+    if scores is None:
+        selected = any(op_name(n) in _SELECTIONS for n in between)
+        return Gating("unknown" if selected or not between else "table", None)
+    weighing: Iterable[fx.Node] = ()
+    if weight is not None:
+        weighing = _walk_back(facts, [weight], tokens, experts, stop=scores)[1]
+    return Gating(_form(facts, between, set(weighing), experts), scores)
+
+
+def _walk_back(
+    facts: GraphFacts, start: list[fx.Node], tokens: Iterable[Size], experts: int, stop: fx.Node | None = None
+) -> tuple[fx.Node | None, list[fx.Node]]:
+    """(latest product that looks like scores, or `stop`; the nodes after it that lead to `start`)."""
+    queue = [(-facts.order[n], n) for n in start]
+    seen, path = set(start), []
+    while queue and len(path) < _FURTHEST:
+        _, node = heapq.heappop(queue)
+        if node is stop or (stop is None and _is_scores(facts, node, tokens, experts)):
+            return node, path
+        path.append(node)
+        for source in node.all_input_nodes:
+            if source not in seen and is_call(source):
+                seen.add(source)
+                heapq.heappush(queue, (-facts.order[source], source))
+    return None, path
+
+
+def _is_scores(facts: GraphFacts, node: fx.Node, tokens: Iterable[Size], experts: int) -> bool:
+    value = tensor(node)
+    if op_name(node) not in PRODUCTS or value is None or value.ndim < 2 or not value.is_floating_point():
+        return False
+    shape = facts.shape(node)
+    wide = isinstance(shape[-1], int) and shape[-1] >= experts
+    return wide and any(same(product(shape[:-1]), count) for count in tokens)
+
+
+def _form(facts: GraphFacts, between: list[fx.Node], weighing: set[fx.Node], experts: int) -> str:
+    """`between`: the nodes from the scores to the ids, latest first; `weighing`: those from the scores to the
+    weights.
+    """
+    names = [op_name(n) for n in between]
+    selections = [n for n in between if op_name(n) == "topk"]
+    squash = next((name for name in ("sigmoid", "softmax") if name in names), None)
+    if len(selections) > 1:
+        return "group-limited"
+    if not selections:
+        return "argmax" if any(name in _SELECTIONS for name in names) else "unknown"
+    if squash == "sigmoid":
+        return "sigmoid-bias-topk" if _adds_bias(facts, between, experts) else "sigmoid-topk"
+    if squash == "softmax":
+        return "softmax-topk"
+    after = [op_name(n) for n in weighing]
+    if "softmax" in after:
+        return "topk-softmax"
+    return "topk-sigmoid" if "sigmoid" in after else "topk"
+
+
+def _adds_bias(facts: GraphFacts, between: list[fx.Node], experts: int) -> bool:
+    """Is a vector of one entry per expert, not made from the scores, added before the selection?"""
+    chain = set(between)
+    for node in between:
+        if op_name(node) in ("add", "sub"):
+            for operand in node.all_input_nodes:
+                shape = facts.shape(operand) if tensor(operand) is not None else ()
+                free = operand not in chain or is_param(operand) or is_buffer(operand) or facts.param_root(operand)
+                if free and isinstance(tensor(operand), torch.Tensor) and shape and product(shape) != 1:
+                    return True
+    return False

@@ -1,0 +1,177 @@
+"""The ordered list of graph passes, and what runs it.
+
+A pass is `f(gm, rewrite) -> gm`; `rewrite` carries the options and what earlier passes found. Read `PASSES` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ultraep_compile.config import Options
+from ultraep_compile.errors import TopologyError, UltraEPError
+from ultraep_compile.ops.experts import ExpertSite
+from ultraep_compile.passes.insert_balance import insert_balance, prepare_site, site_layout
+from ultraep_compile.passes.lift import Miss, Site, find_moe_sites, verify_site
+from ultraep_compile.passes.lift.nodes import is_unshard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Rewrite:
+    """Options of one compilation and what the passes learn about one graph."""
+
+    options: Options
+    ranks: int = 1
+    group: str = ""
+    sites: list[Site] = field(default_factory=list)
+    owners: list[fx.GraphModule] = field(default_factory=list)
+    """The graph that each site is in: the whole one, or the body of an activation checkpoint."""
+    misses: list[Miss] = field(default_factory=list)
+    prepared: dict[str, ExpertSite] = field(default_factory=dict)
+    """By site key; one per rewritten site, in graph order."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    snapshots: list[tuple[str, str]] | None = None
+    """(pass name, graph text) before the first and after every pass, if wanted."""
+
+
+def detect_moe_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
+    """Find every place where routed tokens meet per-expert parameters, and lift it. Changes nothing."""
+    for owner in _bodies(gm):
+        for found in _sites_or_reason(owner):
+            if isinstance(found, Site):
+                rewrite.sites.append(found)
+                rewrite.owners.append(owner)
+            else:
+                rewrite.misses.append(found)
+    return gm
+
+
+def _sites_or_reason(gm: fx.GraphModule) -> list[Site | Miss]:
+    """Detection that meets something it cannot even look at costs the balance, never the compilation."""
+    try:
+        return find_moe_sites(gm)
+    except Exception as fault:
+        log.warning("detection failed; this graph runs unbalanced", exc_info=True)
+        return [Miss("graph", "", f"detection failed with {type(fault).__name__}: {fault}; please report it", [])]
+
+
+_TRANSPARENT = ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
+
+
+def _bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph and the bodies that it calls as a whole, like those of activation checkpoints."""
+    out = [gm]
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "_name", "") in _TRANSPARENT:
+            for argument in node.args:
+                body = (
+                    getattr(gm, str(argument.target), None)
+                    if isinstance(argument, fx.Node) and argument.op == "get_attr"
+                    else None
+                )
+                if isinstance(body, fx.GraphModule) and body not in out:
+                    out += _bodies(body)
+    return out
+
+
+def topology_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
+    """Fix ranks and group: from the options, or from parameters that `shard_experts` divided. Changes nothing."""
+    options = rewrite.options
+    groups = {p.args[3]: p.args[2] for s in rewrite.sites for p in s.params if is_unshard(p)}
+    if len(groups) > 1:
+        raise TopologyError(
+            f"experts are sharded over {len(groups)} different groups. Shard all of them over one mesh."
+        )
+    rewrite.group, rewrite.ranks = "", options.ranks or 1
+    if groups:
+        ((rewrite.group, rewrite.ranks),) = groups.items()  # pyright: ignore
+        if options.ranks not in (None, rewrite.ranks):
+            raise TopologyError(
+                f"option 'ranks' is {options.ranks} but the experts are sharded over {rewrite.ranks} processes. Leave 'ranks' out."
+            )
+    if options.group is not None:
+        if rewrite.group not in ("", options.group.group_name):
+            raise TopologyError("option 'group' is not the group that shard_experts used. Leave 'group' out.")
+        rewrite.group, rewrite.ranks = options.group.group_name, options.group.size()
+    return gm
+
+
+def prove_rows_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
+    """Keep only sites whose row function is proven row by row; the rest become misses. Changes nothing."""
+    proven, owners = [], []
+    names: Counter[str] = Counter()
+    for site, owner in zip(rewrite.sites, rewrite.owners, strict=True):
+        layout = site_layout(site, rewrite.ranks, rewrite.options.redundant_experts if rewrite.ranks > 1 else 0)
+        try:
+            verify_site(site)
+            names[site.name] += 1
+            label = site.name if names[site.name] == 1 else f"{site.name}#{names[site.name]}"
+            key, made = prepare_site(site, label, layout, rewrite.group, rewrite.options.digest())
+        except UltraEPError:
+            raise
+        except Exception as reason:
+            log.debug("%s: not proven", site.name, exc_info=True)
+            rewrite.misses.append(Miss(site.name, site.source, f"its row function was not proven: {reason}", []))
+        else:
+            proven.append(site)
+            owners.append(owner)
+            rewrite.prepared[key] = made
+    rewrite.sites, rewrite.owners = proven, owners
+    return gm
+
+
+def insert_balance_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
+    """Replace every proven site by load, plan, reroute and the balanced experts. Bitwise neutral in forward."""
+    for site, owner, (key, made) in zip(rewrite.sites, rewrite.owners, rewrite.prepared.items(), strict=True):
+        stayed = insert_balance(owner, site, key, made, rewrite.options.planner)
+        if stayed:
+            log.info("%s: %d nodes stay because something else reads them", site.name, len(stayed))
+    for each in {id(o): o for o in [*rewrite.owners, gm]}.values():
+        each.graph.lint()
+        each.recompile()
+    return gm
+
+
+Pass = Callable[[fx.GraphModule, Rewrite], fx.GraphModule]
+PASSES: list[Pass] = [
+    detect_moe_pass,
+    topology_pass,
+    prove_rows_pass,
+    insert_balance_pass,
+]
+ANALYSES = PASSES[:-1]
+"""The passes that leave every graph as it is."""
+
+
+def run_passes(gm: fx.GraphModule, rewrite: Rewrite, passes: list[Pass] | None = None) -> fx.GraphModule:
+    """Run the passes in order; a pass that raises leaves the graph as it was, since only the last one writes."""
+    if rewrite.snapshots is not None:
+        rewrite.snapshots.append(("before", _text(gm)))
+    for each in PASSES if passes is None else passes:
+        name = each.__name__
+        started = time.perf_counter()
+        gm = each(gm, rewrite)
+        rewrite.seconds[name] = time.perf_counter() - started
+        if rewrite.snapshots is not None:
+            rewrite.snapshots.append((name, _text(gm)))
+        if not rewrite.sites:
+            break
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "ultraep_after", "encoding": "string"},
+        payload_fn=lambda: _text(gm),
+        expect_trace_id=False,
+    )
+    return gm
+
+
+def _text(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False, include_stride=False, include_device=False)

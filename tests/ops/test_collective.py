@@ -1,0 +1,63 @@
+"""The same layer over a process group: 4 gloo processes, sharded and replicated experts, ragged and empty ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from tests.multirank import run_ranks
+from tests.ops.expert_case import balanced, make_inputs, make_site, oracle, relative
+from ultraep_compile.ops.layout import ExpertLayout
+
+WORLD = 4
+CASES = {  # tokens of each rank, choices, slots, skew
+    "even": ([16, 16, 16, 16], 2, 2, 3.0),
+    "ragged": ([40, 0, 3, 17], 2, 2, 4.0),
+    "one rank has all": ([0, 0, 50, 0], 2, 1, 2.0),
+    "rounds": ([30, 30, 30, 30], 1, 0, 50.0),
+    "nothing": ([0, 0, 0, 0], 2, 1, 0.0),
+}
+
+
+def _on_rank(rank: int) -> dict:
+    out = {}
+    group = dist.group.WORLD.group_name
+    for name, (tokens, choices, slots, skew) in CASES.items():
+        for sharded in (True, False):
+            layout = ExpertLayout(8, WORLD, slots)
+            key = make_site(layout, torch.float32, group, sharded)
+            hidden, params, ids = make_inputs(sum(tokens), choices, 8, torch.float32, skew)
+            begin = sum(tokens[:rank])
+            mine = slice(begin, begin + tokens[rank])
+            here = slice(rank * 2, rank * 2 + 2)
+            results = {}
+            for planner in ("quota", "none"):
+                leaves = [hidden[mine].clone().requires_grad_()]
+                leaves += [(p[here] if sharded else p).clone().requires_grad_() for p in params]
+                y = balanced(leaves[0], leaves[1:], ids[mine], layout, key, planner, group)
+                g = torch.randn(sum(tokens) * choices, y.shape[1], generator=torch.Generator().manual_seed(5))
+                grads = torch.autograd.grad(y, leaves, g[begin * choices : (begin + tokens[rank]) * choices])
+                results[planner] = (y.detach(), grads)
+            assert torch.equal(results["quota"][0], results["none"][0])
+            assert torch.equal(results["quota"][1][0], results["none"][1][0])
+            out[name, sharded] = results["quota"]
+    return out
+
+
+def test_four_processes_equal_one() -> None:
+    by_rank = run_ranks(WORLD, _on_rank)
+    for name, (tokens, choices, _, skew) in CASES.items():
+        hidden, params, ids = make_inputs(sum(tokens), choices, 8, torch.float32, skew)
+        leaves = [t.double().requires_grad_() for t in (hidden, *params)]
+        y = oracle(leaves[0], leaves[1:], ids)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float32).double()
+        exact = torch.autograd.grad(y, leaves, g)
+        for sharded in (True, False):
+            got = [r[name, sharded] for r in by_rank]
+            assert relative(torch.cat([y for y, _ in got]), y) < 1e-6
+            assert relative(torch.cat([g[0] for _, g in got]), exact[0]) < 1e-6
+            for index in (1, 2, 3):
+                parts = [grads[index] for _, grads in got]
+                # sharded: gradient of the mean of the ranks' losses; replicated: what averaging turns into it
+                mean = torch.cat(parts) if sharded else sum(parts) / WORLD
+                assert relative(mean * WORLD, exact[index]) < 1e-6, (name, sharded, index)

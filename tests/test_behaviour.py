@@ -1,0 +1,281 @@
+"""What must hold around a balanced model: state, memory, checkpointing, shapes, switches, hard and bad input."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import ultraep_compile
+from tests import zoo
+from tests.balancing import backend, compiled_step, prepared, relative, step
+from ultraep_compile import ultraep
+from ultraep_compile.errors import OptionError, RoutingError, SiteCountError, TopologyError, VerificationError
+from ultraep_compile.ops import routing
+
+
+def test_state_dict_is_untouched_by_compile_and_step() -> None:
+    model, inputs = prepared("mixtral", "batched_mm")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.compile(backend=backend(ranks=4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    step(model, model, inputs)
+    optimizer.step()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(after[k].shape == v.shape and after[k].dtype == v.dtype for k, v in before.items())
+    fresh, _ = prepared("mixtral", "batched_mm")
+    fresh.load_state_dict(after)
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_new_weights_take_effect_at_the_next_call() -> None:
+    model, inputs = prepared("mixtral", "batched_mm")
+    model.compile(backend=backend(ranks=4))
+    step(model, model, inputs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    other = copy.deepcopy(model)
+    assert relative(step(model, model, inputs).loss, step(other, other, inputs).loss) < 1e-6
+
+
+def test_training_losses_equal_eager() -> None:
+    model, inputs = prepared("qwen2_moe", "batched_mm")
+    plain = copy.deepcopy(model)
+    model.compile(backend=backend(ranks=8))
+    for m in (model, plain):
+        m.optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-6)
+    for _ in range(5):
+        losses = []
+        for m in (model, plain):
+            losses.append(step(m, m, inputs).loss)
+            m.optimizer.step()
+        assert relative(losses[0], losses[1]) < 1e-5
+
+
+class Block(nn.Module):
+    """A MoE block under an activation checkpoint."""
+
+    def __init__(self, context_fn=None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.moe = zoo.HandMoE()
+        self.context_fn = context_fn
+
+    def forward(self, x):
+        extra = {} if self.context_fn is None else {"context_fn": self.context_fn}
+        return checkpoint(self.moe, x, use_reentrant=False, **extra)
+
+
+def _save_ultraep(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op.namespace == "ultraep" else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_activation_checkpointing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same gradients; under the selective policy the plan is made once."""
+    plans = []
+    real = routing.make_plan
+    monkeypatch.setattr(routing, "make_plan", lambda *a: plans.append(1) or real(*a))
+    context = functools.partial(create_selective_checkpoint_contexts, _save_ultraep) if kind == "selective" else None
+    inputs = {"x": torch.randn(2, 16, zoo.WIDTH)}
+    plain, checkpointed = Block(), Block(context)
+    plain.forward = plain.moe.forward
+    expected = step(plain, plain, inputs)
+    ours, graphs = compiled_step(checkpointed, inputs, ranks=4)
+    assert sum(len(g.prepared) for g in graphs) == 1
+    assert len(plans) == (1 if kind == "selective" else 2)
+    for name, grad in expected.grads.items():
+        assert relative(ours.grads[name], grad) < 1e-5, name
+
+
+def test_changing_sizes_compile_no_more_often_than_without_us() -> None:
+    model, _ = prepared("mixtral", "batched_mm", num_hidden_layers=1)
+    shapes = [(2, 16), (3, 24), (4, 7)]
+
+    def graphs_of(make) -> int:
+        torch._dynamo.reset()
+        count = [0]
+
+        def counting(gm, example_inputs):
+            count[0] += 1
+            return make(gm, example_inputs)
+
+        compiled = torch.compile(model, backend=counting)
+        for batch, length in shapes:
+            inputs = zoo.tokens(batch, length)
+            got = step(compiled, model, inputs)
+            assert relative(got.loss, step(model, model, inputs).loss) < 1e-6
+        return count[0]
+
+    from torch._dynamo.backends.debugging import aot_eager
+
+    assert graphs_of(backend(ranks=4)) <= graphs_of(aot_eager)
+
+
+def test_slots_are_not_held_between_forward_and_backward() -> None:
+    """Memory kept for backward does not grow with the number of slots."""
+
+    def kept_bytes(slots: int) -> int:
+        model = zoo.HandMoE()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend(ranks=8, redundant_experts=slots, inner="eager"))
+        seen: dict[int, int] = {}
+
+        def pack(t):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = compiled(torch.randn(2, 16, zoo.WIDTH))
+        zoo.loss_of(out).backward()
+        return sum(seen.values())
+
+    rows_per_slot = 8 * 7 * 4 * 2 * 64  # padding rows of one more slot on each of 8 ranks, generously
+    expert_bytes = sum(p[0].numel() * 4 for p in zoo.HandMoE().parameters() if p.dim() == 3)
+    grown = kept_bytes(4) - kept_bytes(1)
+    assert grown < 3 * rows_per_slot
+    assert grown < 3 * 8 * expert_bytes
+
+
+def test_ranks_1_and_dense_models_give_the_inner_backend_its_own_graph() -> None:
+    dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    moe, inputs = prepared("mixtral", "batched_mm")
+    for model, options, args in ((dense, {"ranks": 4}, {"input": torch.randn(3, 8)}), (moe, {}, inputs)):
+        seen: dict[str, list[str]] = {"ours": [], "theirs": []}
+
+        def record(kind, gm, example_inputs, seen=seen):
+            seen[kind].append(gm.code)
+            return gm.forward
+
+        import ultraep_compile.backend as module
+
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "compile_inner", lambda gm, ex, o, m, rewritten: record("ours", gm, ex))
+            torch.compile(model, backend=backend(**options))(**args)
+        torch._dynamo.reset()
+        torch.compile(model, backend=functools.partial(record, "theirs"))(**args)
+        assert seen["ours"] == seen["theirs"] != []
+
+
+@ultraep_compile.balance(ranks=4, inner="aot_eager")
+class Decorated(zoo.HandMoE):
+    pass
+
+
+class Derived(Decorated):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_decorator_keeps_the_class_a_class() -> None:
+    torch.manual_seed(0)
+    model, x = Decorated(), torch.randn(2, 16, zoo.WIDTH)
+    plain = zoo.HandMoE()
+    plain.load_state_dict(model.state_dict())
+    assert isinstance(model, zoo.HandMoE) and list(model.state_dict()) == list(plain.state_dict())
+    from ultraep_compile.report import collect_reports
+
+    with collect_reports() as collected:
+        assert torch.allclose(model(x), plain(x), atol=1e-5)
+    assert sum(len(g.prepared) for g in collected.graphs) == 1
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with collect_reports() as collected:
+            assert torch.allclose(copied(x), plain(x), atol=1e-5)
+        assert sum(len(g.prepared) for g in collected.graphs) == 1
+    derived = Derived()
+    derived.load_state_dict(model.state_dict())
+    assert torch.allclose(derived(x), 2 * plain(x), atol=1e-5)
+
+
+def test_verify_accepts_the_right_and_refuses_the_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = prepared("mixtral", "batched_mm")
+    ours, _ = compiled_step(model, inputs, ranks=4, verify=2)
+    assert torch.isfinite(ours.loss)
+    real = routing._golden_stride
+    monkeypatch.setattr(routing, "_golden_stride", lambda sizes: real(sizes) * 0 + 2)  # no bijection: pairs collide
+    with pytest.raises((VerificationError, IndexError, RuntimeError)):
+        compiled_step(model, inputs, ranks=4, verify=2)
+
+
+# ---- hard input that must simply work -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_fewer_tokens_than_ranks(rows: int) -> None:
+    model = zoo.HandMoE()
+    inputs = {"x": torch.randn(1, rows, zoo.WIDTH)}
+    ours, _ = compiled_step(model, inputs, ranks=8)
+    assert relative(ours.loss, step(model, model, inputs).loss) < 1e-6
+
+
+def test_no_token_at_all() -> None:
+    model = zoo.HandMoE()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend(ranks=4))
+    for rows in (0, 5, 0):
+        x = torch.randn(1, rows, zoo.WIDTH, requires_grad=True)
+        compiled(x).sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+
+
+# ---- bad input, each a clear error ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ranks": 3}, TopologyError, r"8 experts cannot be divided over 3 ranks.*\[1, 2, 4, 8\]"),
+        ({"ranks": 4, "redundant_experts": 7}, TopologyError, "redundant_experts=7.*at most 6"),
+        ({"ranks": 4, "redundant_experts": -1}, OptionError, "redundant_experts' is -1"),
+        ({"ranks": 0}, OptionError, "'ranks' is 0"),
+        ({"ranks": 4, "rnks": 2}, OptionError, "unknown option 'rnks'. Did you mean 'ranks'"),
+        ({"ranks": 4, "planner": "quote"}, OptionError, "Did you mean 'quota'"),
+        ({"ranks": 4, "inner": "indctor"}, OptionError, "Did you mean 'inductor'"),
+        ({"ranks": 4, "expect_moe_sites": 5}, SiteCountError, "expected 5 MoE layers.*rewrote 1"),
+        ({"ranks": "8"}, OptionError, "not an integer"),
+        ({"expect_moe_sites": 2}, SiteCountError, "expected 2 MoE layers.*rewrote 1"),  # also with nothing to balance
+    ],
+    ids=lambda v: str(v)[:40] if isinstance(v, dict) else "",
+)
+def test_bad_options(options, error, message) -> None:
+    model = zoo.HandMoE()
+    torch._dynamo.reset()
+    with pytest.raises(error, match=message):
+        torch.compile(model, backend=functools.partial(ultraep, options=options))(torch.randn(1, 4, zoo.WIDTH))
+
+
+def test_a_wrong_option_of_the_decorator_is_refused_where_it_stands() -> None:
+    with pytest.raises(OptionError, match="unknown option 'slots'"):
+        ultraep_compile.balance(slots=2)
+
+
+def test_a_fault_in_detection_costs_the_balance_not_the_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ultraep_compile.passes import pipeline
+
+    def faulty(gm):
+        raise KeyError("never seen before")
+
+    monkeypatch.setattr(pipeline, "find_moe_sites", faulty)
+    model, x = zoo.HandMoE(), torch.randn(1, 6, zoo.WIDTH)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="detection failed with KeyError"):
+        got = torch.compile(model, backend=backend(ranks=4))(x)
+    assert torch.allclose(got, model(x))
+
+
+def test_nan_scores_name_layer_and_token() -> None:
+    model = zoo.HandMoE()
+    x = torch.randn(1, 6, zoo.WIDTH)
+    x[0, 4, 3] = float("nan")
+    torch._dynamo.reset()
+    with pytest.raises(RoutingError, match=r"score of token 4 .* is nan"):
+        torch.compile(model, backend=backend(ranks=4))(x)

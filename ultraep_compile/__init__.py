@@ -1,0 +1,43 @@
+"""Make an unmodified PyTorch model run as if its load were perfectly balanced.
+
+    model.compile(backend="ultraep", options={"ranks": 8})      # several ranks simulated in one process
+    shard_experts(model, mesh); model.compile(backend="ultraep")  # one rank per process
+    @balance(ranks=8)                                           # on a model class
+
+Symbols used throughout: T tokens, D model width, E experts, K top-k, R ranks, S redundant experts (slots) per rank,
+M = E/R masters per rank, P = R*(M+S) physical experts, N rows of an expert buffer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Options": "config",
+    "UltraEPError": "errors",
+    "balance": "decorator",
+    "explain": "explanation",
+    "prepare": "preparation",
+    "shard_experts": "sharding",
+    "ultraep": "backend",
+}
+__all__ = ["Options", "UltraEPError", "balance", "explain", "prepare", "shard_experts", "ultraep"]
+
+if TYPE_CHECKING:
+    from ultraep_compile.backend import ultraep
+    from ultraep_compile.config import Options
+    from ultraep_compile.decorator import balance
+    from ultraep_compile.errors import UltraEPError
+    from ultraep_compile.explanation import explain
+    from ultraep_compile.preparation import prepare
+    from ultraep_compile.sharding import shard_experts
+
+
+def __getattr__(name: str) -> object:
+    """Load on first use: the command line and the planner start without the compiler."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"ultraep_compile.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'ultraep_compile' has no attribute {name!r}")

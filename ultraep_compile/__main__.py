@@ -1,0 +1,4 @@
+from ultraep_compile.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The torch.compile backend: `torch.compile(model, backend="ultraep", options={...})`.
+
+Dynamo hands over a graph; the passes rewrite its MoE layers; the inner backend compiles the result. A mistake of the user
+found here is raised by the compiled function itself, so that it arrives as our error and not wrapped in Dynamo's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from ultraep_compile.config import Options
+from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError, VerificationError
+from ultraep_compile.ops import watch
+from ultraep_compile.ops.experts import ExpertSite
+from ultraep_compile.passes.cache_key import CacheKeyPass
+from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
+from ultraep_compile.report import GraphReport, add_report, wants_snapshots
+from ultraep_compile.telemetry.recorder import get_recorder
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def ultraep(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+    **unknown: Any,
+) -> Compiled:
+    """Balance every MoE layer of a Dynamo graph, then compile it with the inner backend.
+
+    Args:
+        options: see `Options`.
+        mode: torch.compile's mode, handed to Inductor.
+    """
+    try:
+        if unknown:
+            raise OptionError(
+                f"the ultraep backend takes options= and mode=, not {', '.join(map(repr, unknown))}. Put it into options."
+            )
+        chosen = Options.of(options)
+        if chosen.disabled or (chosen.ranks in (None, 1) and chosen.group is None and not _is_sharded(gm)):
+            if chosen.expect_moe_sites is not None and not chosen.disabled:  # nothing to balance, but a count to check
+                rewrite = Rewrite(chosen)
+                run_passes(gm, rewrite, ANALYSES)
+                _check_count(rewrite)
+            return compile_inner(gm, example_inputs, chosen, mode, rewritten=False)
+        return _balanced(gm, example_inputs, chosen, mode)
+    except UltraEPError as error:
+        return functools.partial(_raise, error)
+
+
+def _raise(error: UltraEPError, *args: Any) -> None:
+    raise error
+
+
+def _is_sharded(gm: fx.GraphModule) -> bool:
+    return any(n.op == "call_function" and "unshard" in str(n.target) for n in gm.graph.nodes)
+
+
+def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Compiled:
+    original = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if options.verify else None
+    rewrite = Rewrite(options, snapshots=[] if wants_snapshots() else None)
+    gm = run_passes(gm, rewrite)
+    add_report(GraphReport.of(gm, rewrite))
+    _check_count(rewrite)
+    _say_what_is_missing(rewrite)
+    if options.trace is not None:
+        _start_trace(rewrite)
+    compiled = compile_inner(gm, example_inputs, options, mode, rewritten=bool(rewrite.prepared))
+    if original is not None and rewrite.prepared:
+        return _Shadow(original, compiled, options.verify, list(rewrite.prepared.values()))
+    return compiled
+
+
+def compile_inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None, *, rewritten: bool
+) -> Compiled:
+    """The inner backend on a graph; on one that was not rewritten, exactly what it would do without us."""
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(example_inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = dict(list_mode_options(mode)) if mode else {}
+    if rewritten:
+        patches["joint_custom_pre_pass"] = CacheKeyPass(options.digest())
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # pyright: ignore[reportReturnType]
+
+
+def _check_count(rewrite: Rewrite) -> None:
+    expected, found = rewrite.options.expect_moe_sites, len(rewrite.prepared)
+    if expected is None or expected == found:
+        return
+    reasons = "".join(f"\n  {m.name}: {m.reason}" for m in rewrite.misses)
+    raise SiteCountError(
+        f"expected {expected} MoE layers in the compiled graph, rewrote {found}.{reasons or ' Nothing else looked like one.'}\n"
+        "If the model broke into several graphs, call ultraep_compile.prepare(model, example_inputs) first; "
+        "`ultraep-compile explain` shows each layer."
+    )
+
+
+def _say_what_is_missing(rewrite: Rewrite) -> None:
+    for miss in rewrite.misses:
+        log.info("%s runs unbalanced: %s", miss.name, miss.reason)
+    if rewrite.misses:
+        names = ", ".join(m.name for m in rewrite.misses[:3]) + (", ..." if len(rewrite.misses) > 3 else "")
+        _warn_once(
+            f"ultraep: {len(rewrite.misses)} MoE layer(s) run unbalanced ({names}): {rewrite.misses[0].reason}. "
+            "Add `ultraep_compile.prepare(model, example_inputs)` before compiling, or see `ultraep-compile explain`."
+        )
+    elif not rewrite.prepared:
+        log.info("no MoE layer in this graph; it is compiled as %s alone would", rewrite.options.inner)
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def _start_trace(rewrite: Rewrite) -> None:
+    writes = not rewrite.group or dist.get_rank(dist.distributed_c10d._resolve_process_group(rewrite.group)) == 0  # pyright: ignore
+    assert rewrite.options.trace is not None
+    recorder = get_recorder(rewrite.options.trace) if writes else None
+    for key, site in rewrite.prepared.items():
+        watch.start(key, site.name, recorder, rewrite.group)
+    if recorder is None:
+        return
+    for site, made in zip(rewrite.sites, rewrite.prepared.values(), strict=True):
+        facts = made.program.signature
+        recorder.describe(
+            made.name,
+            top_k=site.top_k,
+            expert_bytes=sum(p.elements * p.dtype.itemsize for p in facts.params),
+            row_bytes=facts.rows.elements * facts.rows.dtype.itemsize,
+            flops_per_row=made.program.flops_per_row,
+        )
+    if not rewrite.prepared:
+        recorder.flush()
+
+
+class _Shadow:
+    """Runs the unmodified graph beside the compiled one for the first calls and compares."""
+
+    def __init__(self, original: fx.GraphModule, compiled: Compiled, calls: int, sites: list[ExpertSite]) -> None:
+        self.original, self.compiled, self.calls, self.sites = original, compiled, calls, sites
+
+    def __call__(self, *args: Any) -> Any:
+        if self.calls <= 0:
+            return self.compiled(*args)
+        self.calls -= 1
+        state = torch.get_rng_state()
+        copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+        with torch.no_grad():
+            expected = self.original(*copies)
+        torch.set_rng_state(state)
+        got = self.compiled(*args)
+        for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+            self._compare(index, ours, theirs)
+        return got
+
+    def _compare(self, index: int, ours: Any, theirs: Any) -> None:
+        if not isinstance(ours, Tensor) or not ours.is_floating_point() or ours.numel() == 0:
+            return
+        difference = (ours.detach().double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
+        allowed = 64 * torch.finfo(theirs.dtype).eps * max(1, len(self.sites)) ** 0.5
+        if not bool(difference <= allowed):
+            names = ", ".join(s.name for s in self.sites[:4])
+            raise VerificationError(
+                f"output {index} of the rewritten graph differs from the unmodified graph by {float(difference):.2e} (relative, "
+                f"allowed {allowed:.2e}); rewritten layers: {names}. Please report this with the output of `ultraep-compile dump`."
+            )

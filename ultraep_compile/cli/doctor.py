@@ -1,0 +1,98 @@
+"""`ultraep-compile doctor`"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json as jsonlib
+import platform
+from typing import Annotated, Any
+
+import typer
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "networkx", "sympy", "plotly", "hypothesis")
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, peer access and what they mean for us, as plain data."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    devices, peers = [], []
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        devices.append(
+            {
+                "index": i,
+                "name": facts.name,
+                "capability": f"{facts.major}.{facts.minor}",
+                "bytes": facts.total_memory,
+                "sms": facts.multi_processor_count,
+            }
+        )
+        peers.append(
+            [j for j in range(torch.cuda.device_count()) if j != i and torch.cuda.can_device_access_peer(i, j)]
+        )
+    return {
+        "ultraep_compile": importlib.import_module("ultraep_compile").__version__,
+        "python": platform.python_version(),
+        "versions": versions,
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_bf16_products": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "devices": devices,
+        "peer_access": peers,
+        "distributed": {
+            "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+            "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
+        },
+        "backend_registered": "ultraep" in torch._dynamo.list_backends(exclude_tags=None),
+    }
+
+
+def verdicts(facts: dict[str, Any]) -> list[str]:
+    """What will be used, and why."""
+    out = []
+    if facts["backend_registered"]:
+        out.append('torch.compile(model, backend="ultraep") is registered.')
+    else:
+        out.append(
+            'the backend is not registered by an installed package; "import ultraep_compile.backend" and pass '
+            "backend=ultraep_compile.ultraep, or run: pip install -e ."
+        )
+    if facts["devices"]:
+        out.append(f"{len(facts['devices'])} CUDA device(s): grouped products use torch._grouped_mm in bf16.")
+    else:
+        out.append("no CUDA device: everything runs on the CPU, with the same plans and the same results.")
+        if not facts["cpu_bf16_products"]:
+            out.append("this CPU has no bf16 products: experts in bf16 are multiplied in fp32 and rounded.")
+    out.append("one process: virtual ranks (option ranks=R).")
+    available = [name for name, there in facts["distributed"].items() if there]
+    out.append(
+        f"several processes: collectives over {' or '.join(available) or 'nothing: torch.distributed is missing'}."
+    )
+    if facts["versions"]["transformers"] is None:
+        out.append("transformers is missing: `ultraep-compile demo` needs it (pip install 'ultraep-compile[hf]').")
+    return out
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine offers, what will be used, and why."""
+    facts = examine()
+    facts["verdicts"] = verdicts(facts)
+    if json:
+        typer.echo(jsonlib.dumps(facts, indent=2))
+        return
+    typer.echo(
+        f"ultraep_compile {facts['ultraep_compile']}, Python {facts['python']}, {facts['cpu_threads']} CPU threads"
+    )
+    typer.echo("  ".join(f"{name} {version or '-'}" for name, version in facts["versions"].items()))
+    for device, peers in zip(facts["devices"], facts["peer_access"], strict=True):
+        typer.echo(
+            f"cuda:{device['index']} {device['name']}, sm_{device['capability'].replace('.', '')}, {device['bytes'] / 2**30:.0f} GiB, peers {peers}"
+        )
+    for line in facts["verdicts"]:
+        typer.echo(f"* {line}")

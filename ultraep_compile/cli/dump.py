@@ -1,0 +1,84 @@
+"""`ultraep-compile dump`"""
+
+from __future__ import annotations
+
+import html
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_STYLE = """
+:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 110rem; padding: 0 1rem }
+nav a { margin-right: 1rem } pre { font: 12.5px/1.45 ui-monospace, monospace; overflow-x: auto; padding: 1rem; border: 1px solid #8884;
+border-radius: 6px } .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .added { background: #2a92 } .removed { background: #e442 }
+.muted { opacity: .7 }
+"""
+
+
+def dump(
+    target: Annotated[str, typer.Argument(help="package.module:factory or path/to/file.py:factory")],
+    out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")],
+) -> None:
+    """Write the graph before and after every pass, as text and HTML, the generated row programs, and the report of explain."""
+    from ultraep_compile.cli.target import load_target, need_inputs
+    from ultraep_compile.explanation import dumps
+    from ultraep_compile.explanation import explain as run
+
+    model, inputs = load_target(target)
+    found = run(model, need_inputs(target, inputs), snapshots=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "explain.json").write_text(dumps(found))
+    (out / "explain.txt").write_text(str(found) + "\n")
+    pages = []
+    for index, snapshots in enumerate(found.snapshots):
+        for step, (name, text) in enumerate(snapshots):
+            (out / f"graph{index}_{step}_{name}.txt").write_text(text)
+        page = f"graph{index}.html"
+        (out / page).write_text(_graph_page(index, snapshots))
+        pages.append(
+            (
+                page,
+                f"graph {index}: {sum('ultraep.experts' in line for line in snapshots[-1][1].splitlines())} rewritten layers",
+            )
+        )
+    for name, (forward, backward) in found.programs.items():
+        text = f'"""Row program of {name}: explicit forward and backward over masters and slots."""\nimport torch\n\n{forward}\n{backward}\n'
+        (out / f"row_program_{name.replace('.', '_') or 'model'}.py").write_text(text)
+    (out / "index.html").write_text(_index_page(target, str(found), pages, sorted(p.name for p in out.iterdir())))
+    typer.echo(f"wrote {out / 'index.html'}")
+
+
+def _page(title: str, body: str) -> str:
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style><body><h1>{html.escape(title)}</h1>{body}"
+
+
+def _index_page(target: str, report: str, pages: list[tuple[str, str]], files: list[str]) -> str:
+    links = "".join(f"<li><a href='{page}'>{html.escape(text)}</a>" for page, text in pages)
+    rest = "".join(f"<li><a href='{html.escape(f)}'>{html.escape(f)}</a>" for f in files)
+    return _page(
+        f"ultraep dump of {target}",
+        f"<ul>{links}</ul><pre>{html.escape(report)}</pre><details><summary>All files</summary><ul>{rest}</ul></details>",
+    )
+
+
+def _graph_page(index: int, snapshots: list[tuple[str, str]]) -> str:
+    """Every pass that changed the graph as a side-by-side difference; the others by name."""
+    parts = [f"<p class=muted>Passes in order: {', '.join(html.escape(name) for name, _ in snapshots[1:])}</p>"]
+    for (_, before), (name, after) in itertools.pairwise(snapshots):
+        if before == after:
+            parts.append(f"<h2>{html.escape(name)}</h2><p class=muted>analysis only: the graph is unchanged</p>")
+            continue
+        removed, added = set(before.splitlines()), set(after.splitlines())
+        left = "\n".join(_line(line, "" if line in added else "removed") for line in before.splitlines())
+        right = "\n".join(_line(line, "" if line in removed else "added") for line in after.splitlines())
+        parts.append(f"<h2>{html.escape(name)}</h2><div class=columns><pre>{left}</pre><pre>{right}</pre></div>")
+    if len(snapshots) == 1 or all(a[1] == b[1] for a, b in itertools.pairwise(snapshots)):
+        parts.append(f"<h2>The graph</h2><pre>{html.escape(snapshots[0][1])}</pre>")
+    return _page(f"Graph {index}", "".join(parts))
+
+
+def _line(text: str, kind: str) -> str:
+    escaped = html.escape(text)
+    return f"<span class={kind}>{escaped}</span>" if kind else escaped

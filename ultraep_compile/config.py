@@ -1,0 +1,95 @@
+"""The options of the backend and the decorator: names, defaults, meaning, and the check of each value."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from ultraep_compile.errors import OptionError, TopologyError, nearest
+from ultraep_compile.planner import PLANNERS
+
+INNER_BACKENDS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of `torch.compile(model, backend="ultraep", options={...})` and of `@balance(...)`."""
+
+    ranks: int | None = None
+    """Virtual ranks: slices of the tokens inside this process. None means 1 (nothing to balance: the inner backend's own
+    graph) or, with a process group, its size."""
+
+    group: dist.ProcessGroup | None = None
+    """Process group over which the experts are parallel; None for virtual ranks, or where `shard_experts` set it."""
+
+    redundant_experts: int = 2
+    """Slots per rank for copies of hot experts. 2 balance almost any load; each costs the memory of one expert, shared by
+    all layers."""
+
+    planner: str = "quota"
+    """How copies are planned: `quota` (best of several exact planners), `greedy`, or `none` (experts stay where they are,
+    for comparison)."""
+
+    inner: str = "inductor"
+    """The compiler that gets the rewritten graph: `inductor`, `aot_eager` or `eager`."""
+
+    expect_moe_sites: int | None = None
+    """Raise unless exactly this many MoE layers are rewritten in the compiled graph; for continuous integration."""
+
+    verify: int = 0
+    """For the first so many calls, run the unmodified graph too and raise where the results differ."""
+
+    trace: str | os.PathLike[str] | None = None
+    """File (.npz) to record loads and plans to, for `ultraep-compile view`; None records nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "redundant_experts", "expect_moe_sites", "verify"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise OptionError(f"option {name!r} is {value!r}, which is not an integer. Give a whole number.")
+        if self.ranks is not None and self.ranks < 1:
+            raise OptionError(f"option 'ranks' is {self.ranks}. Give 1 or more.")
+        for name in ("redundant_experts", "expect_moe_sites", "verify"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise OptionError(f"option {name!r} is {value}. Give 0 or more.")
+        if self.planner not in PLANNERS:
+            raise OptionError(f"unknown planner {self.planner!r}. {nearest(self.planner, PLANNERS)}")
+        if self.inner not in INNER_BACKENDS:
+            raise OptionError(f"unknown inner backend {self.inner!r}. {nearest(self.inner, INNER_BACKENDS)}")
+        if self.group is not None:
+            size = dist.get_world_size(self.group)
+            if self.ranks is not None and self.ranks != size:
+                raise TopologyError(
+                    f"option 'ranks' is {self.ranks} but the process group has {size} processes. Leave 'ranks' out: with a "
+                    "group, a rank is a process."
+                )
+
+    @classmethod
+    def of(cls, options: Options | Mapping[str, Any] | None) -> Options:
+        """Options from a mapping; an unknown name is an error that names the nearest one."""
+        if isinstance(options, Options):
+            return options
+        given = dict(options or {})
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}. {nearest(name, known)}")
+        return cls(**given)
+
+    @property
+    def disabled(self) -> bool:
+        """Switched off for the whole process by ULTRAEP_COMPILE_DISABLE=1."""
+        return os.environ.get("ULTRAEP_COMPILE_DISABLE", "0") not in ("", "0")
+
+    def digest(self) -> str:
+        """A short text that differs wherever the options do; stable across processes."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["group"] = self.group.group_name if self.group is not None else ""
+        return hashlib.sha256(repr(sorted(values.items(), key=lambda kv: kv[0])).encode()).hexdigest()[:12]

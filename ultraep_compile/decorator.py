@@ -1,0 +1,66 @@
+"""`@ultraep_compile.balance(...)`: instances of a model class compile themselves on first use."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ultraep_compile.backend import ultraep
+from ultraep_compile.config import Options
+from ultraep_compile.errors import OptionError
+from ultraep_compile.preparation import prepare, warm_up
+
+Model = TypeVar("Model", bound=type[nn.Module])
+
+
+def balance(**options: Any) -> Callable[[Model], Model]:
+    """Class decorator: every instance is prepared and compiled with the `ultraep` backend at its first call.
+
+    Args: the fields of `Options`; wrong ones are refused when the class is defined.
+
+    The class stays the class: state_dict keys, isinstance, subclassing, pickling and deepcopy are as without it.
+
+        @ultraep_compile.balance(ranks=8, redundant_experts=2)
+        class MyMoE(nn.Module): ...
+    """
+    chosen = Options.of(options)
+
+    def decorate(cls: Model) -> Model:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise OptionError(
+                f"@balance decorates subclasses of torch.nn.Module, not {cls!r}. Put it above the model's class."
+            )
+        plain_init, plain_setstate = cls.__init__, cls.__setstate__
+
+        @functools.wraps(plain_init)
+        def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            plain_init(self, *args, **kwargs)
+            _compile_at_first_call(self, chosen)
+
+        @functools.wraps(plain_setstate)
+        def setstate(self: nn.Module, state: dict[str, Any]) -> None:
+            plain_setstate(self, state)
+            _compile_at_first_call(self, chosen)  # pickle and deepcopy drop what was compiled
+
+        cls.__init__, cls.__setstate__ = init, setstate  # pyright: ignore
+        return cls
+
+    return decorate
+
+
+def _compile_at_first_call(model: nn.Module, options: Options) -> None:
+    reference = weakref.ref(model)
+
+    def first_call(*args: Any, **kwargs: Any) -> Any:
+        model = reference()
+        assert model is not None
+        prepare(model)
+        warm_up(model, *args, **kwargs)
+        model.compile(backend=functools.partial(ultraep, options=options))
+        return model(*args, **kwargs)
+
+    model._compiled_call_impl = first_call  # what nn.Module.__call__ runs; never part of the state

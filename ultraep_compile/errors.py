@@ -1,0 +1,57 @@
+"""Every error a user can meet. Each message ends in what to do; `assert` is kept for our own bugs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UltraEPError(Exception):
+    """Base of all errors raised for a mistake that the user can mend."""
+
+
+class OptionError(UltraEPError, ValueError):
+    """An option of the backend, the decorator or a command has a wrong name or value."""
+
+
+class TopologyError(UltraEPError, ValueError):
+    """Ranks, experts, slots and process group do not fit together."""
+
+
+class RoutingError(UltraEPError, ValueError):
+    """The router produced scores or expert ids that no expert can serve."""
+
+
+class LoadsError(UltraEPError, ValueError):
+    """A load matrix has a wrong shape, type or sign."""
+
+
+class SiteCountError(UltraEPError):
+    """Fewer or more MoE layers were rewritten than the caller said there are."""
+
+
+class TargetError(UltraEPError, ValueError):
+    """A command's TARGET does not import, or does not give a model."""
+
+
+class TraceError(UltraEPError, ValueError):
+    """A trace or plan file is corrupt, foreign, or of another version."""
+
+
+class ScheduleError(UltraEPError, ValueError):
+    """A pipeline problem is impossible, or a schedule breaks one of its rules."""
+
+
+class ShardingError(UltraEPError, ValueError):
+    """The experts of a model cannot be divided over the ranks as asked."""
+
+
+class VerificationError(UltraEPError):
+    """A rewritten model does not compute what the unmodified model computes."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A ` Did you mean 'x'?` clause for an unknown name, or the list of known ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

@@ -1,0 +1,148 @@
+"""Where ranks live. Both transports offer the same few exchanges, so the ops above them are one program.
+
+`VirtualTransport`: all R ranks are slices of this process's tokens. `CollectiveTransport`: one rank per process of a
+`torch.distributed` group (gloo or NCCL). Every exchange is deterministic in content and order.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultraep_compile.ops.layout import ExpertLayout, source_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualTransport:
+    """R ranks inside one process."""
+
+    ranks: int
+
+    @property
+    def hosted(self) -> range:
+        """Ranks whose experts this process computes."""
+        return range(self.ranks)
+
+    def source_of_token(self, tokens: int, device: torch.device) -> Tensor:
+        return source_ranks(tokens, self.ranks, device)
+
+    def gather_counts(self, counts_HE: Tensor) -> Tensor:
+        return counts_HE
+
+    def fill_slots(self, masters: Tensor, slot_expert_RS: Tensor, layout: ExpertLayout) -> Tensor:
+        """Copies of the hot experts, [R*S, ...]. Empty slots keep whatever the memory held: nothing reads them."""
+        expert = slot_expert_RS.flatten().to(torch.int64)
+        if masters.device.type == "cuda":  # a static gather avoids a host read
+            return masters.detach()[expert.clamp(min=0)]
+        slots = masters.new_empty(expert.numel(), *masters.shape[1:])
+        used = torch.nonzero(expert >= 0).flatten()
+        slots[used] = masters.detach()[expert[used]]
+        return slots
+
+    def reduce_slots(
+        self, grad_masters: Tensor, grad_slots: Tensor, slot_expert_RS: Tensor, layout: ExpertLayout
+    ) -> Tensor:
+        """Masters' gradient plus their copies' gradients, in slot order, accumulated in fp32 or wider."""
+        expert = slot_expert_RS.flatten().to(torch.int64)
+        used = torch.nonzero(expert >= 0).flatten()
+        return _add_in_order(grad_masters, grad_slots[used], expert[used])
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveTransport:
+    """One rank per process."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def hosted(self) -> range:
+        return range(self.rank, self.rank + 1)
+
+    def source_of_token(self, tokens: int, device: torch.device) -> Tensor:
+        return torch.full((tokens,), self.rank, device=device, dtype=torch.int64)
+
+    def gather_counts(self, counts_HE: Tensor) -> Tensor:
+        """All ranks' rows: [1, E] on each -> [R, E] on all."""
+        out = counts_HE.new_empty(self.ranks, *counts_HE.shape[1:])
+        self.all_gather(out, counts_HE)
+        return out
+
+    def all_gather(self, out: Tensor, part: Tensor) -> None:
+        """Every rank's `part`, in rank order along dim 0 of `out`."""
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+        gather(out, part.contiguous(), group=self.group)
+
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Rows grouped by destination -> rows grouped by source; `send` and `receive` count rows per peer."""
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        if rows.shape[1:].numel():
+            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        return out
+
+    def _slot_traffic(self, slot_expert_RS: Tensor, layout: ExpertLayout) -> tuple[list[list[int]], list[list[int]]]:
+        """Local master indices to send to each rank, and own slot indices to fill from each rank, both in slot order."""
+        table = slot_expert_RS.tolist()
+        send = [
+            [e - self.rank * layout.masters for e in row if e >= 0 and e // layout.masters == self.rank]
+            for row in table
+        ]
+        own = table[self.rank]
+        receive = [[s for s, e in enumerate(own) if e >= 0 and e // layout.masters == r] for r in range(self.ranks)]
+        return send, receive
+
+    def fill_slots(self, masters: Tensor, slot_expert_RS: Tensor, layout: ExpertLayout) -> Tensor:
+        """Copies of hot experts in this rank's slots, [S, ...].
+
+        `masters` holds this rank's experts [M, ...], or all [E, ...] where the model is not sharded: then every copy is
+        at hand already and nothing travels.
+        """
+        if masters.shape[0] == layout.experts and layout.ranks > 1:
+            local = VirtualTransport(1)
+            return local.fill_slots(masters, slot_expert_RS[self.rank : self.rank + 1], layout)
+        send, receive = self._slot_traffic(slot_expert_RS, layout)
+        index = torch.tensor([e for row in send for e in row], dtype=torch.int64, device=masters.device)
+        arrived = self.all_to_all(masters.detach()[index], [len(r) for r in send], [len(r) for r in receive])
+        slots = masters.new_empty(layout.slots, *masters.shape[1:])
+        slots[torch.tensor([s for row in receive for s in row], dtype=torch.int64, device=masters.device)] = arrived
+        return slots
+
+    def reduce_slots(
+        self, grad_masters: Tensor, grad_slots: Tensor, slot_expert_RS: Tensor, layout: ExpertLayout
+    ) -> Tensor:
+        """Owners' gradients: own part first, then the copies by (host rank, slot), accumulated in fp32 or wider."""
+        send, receive = self._slot_traffic(slot_expert_RS, layout)
+        index = torch.tensor([s for row in receive for s in row], dtype=torch.int64, device=grad_slots.device)
+        arrived = self.all_to_all(grad_slots[index], [len(r) for r in receive], [len(r) for r in send])
+        owner = torch.tensor([e for row in send for e in row], dtype=torch.int64, device=grad_slots.device)
+        return _add_in_order(grad_masters, arrived, owner)
+
+
+Transport = VirtualTransport | CollectiveTransport
+
+
+@functools.lru_cache(maxsize=64)
+def transport_for(ranks: int, group: str) -> Transport:
+    """The transport of a group name ("" = virtual ranks)."""
+    if not group:
+        return VirtualTransport(ranks)
+    return CollectiveTransport(dist.distributed_c10d._resolve_process_group(group))  # pyright: ignore
+
+
+def _add_in_order(base: Tensor, parts: Tensor, index: Tensor) -> Tensor:
+    """base[index[i]] += parts[i] for i = 0, 1, ... in a wide type: the same bits for the same plan on every run."""
+    wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+    for i, e in enumerate(index.tolist()):
+        wide[e] += parts[i]
+    return wide.to(base.dtype)

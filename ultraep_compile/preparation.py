@@ -1,0 +1,74 @@
+"""What must happen to a model before a compiler sees it, so that the compiler sees all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+def prepare(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None) -> nn.Module:
+    """Make a model ready to be compiled whole; in place, returns the model. Its results do not change.
+
+    * transformers models whose experts run in a Python loop, or through a product that cannot be traced in the model's
+      dtype, are switched to a form that can (`set_experts_implementation`).
+    * One eager forward lets the model install what it installs on first use (hooks for recorded outputs), which breaks
+      graphs if it happens while compiling. Random state and buffers are as before.
+
+    Args:
+        example_inputs: keyword arguments (mapping) or positional arguments (tuple, list) of one forward; None skips it.
+    """
+    _choose_experts_implementation(model)
+    if example_inputs is not None:
+        args, kwargs = as_call(example_inputs)
+        warm_up(model, *args, **kwargs)
+    return model
+
+
+def as_call(inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as (args, kwargs)."""
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+
+
+def warm_up(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """One eager forward without gradients that leaves random state and buffers as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _buffers_kept(model):
+        model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    kept = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def _choose_experts_implementation(model: nn.Module) -> None:
+    """transformers: `batched_mm` traces in every dtype, `grouped_mm` in bf16 only; the eager loop not at all.
+
+    What runs after the rewrite is our grouped product in any case, so the choice costs nothing.
+    """
+    setter = getattr(model, "set_experts_implementation", None)
+    current = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if setter is None or current in (None, "batched_mm"):
+        return
+    dtype = next((p.dtype for p in model.parameters() if p.dim() == 3), torch.float32)
+    if current == "grouped_mm" and dtype == torch.bfloat16:
+        return
+    try:
+        setter("batched_mm")
+    except (ValueError, NotImplementedError) as reason:
+        log.info("experts implementation stays %r: %s", current, reason)
+    else:
+        log.info("experts implementation switched from %r to 'batched_mm', which can be traced in %s", current, dtype)
