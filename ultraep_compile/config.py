@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ultraep_compile.errors import OptionError, TopologyError, nearest
-from ultraep_compile.planner import PLANNERS
+from ultraep_compile.planner.registry import planner_by_name
 
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -33,8 +33,8 @@ class Options:
     all layers."""
 
     planner: str = "quota"
-    """How copies are planned: `quota` (best of several exact planners), `greedy`, or `none` (experts stay where they are,
-    for comparison)."""
+    """How copies are planned: `quota` (best of several exact planners), or for comparison `greedy`, `eplb`, `lplb` and
+    `none` (experts stay where they are)."""
 
     inner: str = "inductor"
     """The compiler that gets the rewritten graph: `inductor`, `aot_eager` or `eager`."""
@@ -59,8 +59,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise OptionError(f"option {name!r} is {value}. Give 0 or more.")
-        if self.planner not in PLANNERS:
-            raise OptionError(f"unknown planner {self.planner!r}. {nearest(self.planner, PLANNERS)}")
+        planner_by_name(self.planner)
         if self.inner not in INNER_BACKENDS:
             raise OptionError(f"unknown inner backend {self.inner!r}. {nearest(self.inner, INNER_BACKENDS)}")
         if self.group is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.planner.optimum import smallest_max_load
+from ultraep_compile.planner.optimum import optimal_max_load
 from tests.planner.problems import spread
 from ultraep_compile.planner import (
     imbalance,
@@ -30,7 +30,7 @@ def solved(number: int, seed: int, masters: tuple[int, int]) -> list[tuple[torch
         heat_RM = np.exp(rng.normal(size=(ranks, experts_per_rank)) * rng.choice([0.3, 1.0, 2.0]))
         heat_RM *= np.exp(rng.normal(size=(ranks, 1)) * 0.7) * rng.choice([5, 50, 2000])
         loads_E = heat_RM.astype(np.int64).ravel()
-        optimum = smallest_max_load(loads_E, ranks, slots)
+        optimum = optimal_max_load(loads_E, ranks, slots)
         if loads_E.sum() and optimum is not None:
             out.append((spread(loads_E.tolist(), ranks), slots, optimum))
     return out

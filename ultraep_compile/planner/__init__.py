@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultraep_compile.planner import baselines, quota  # noqa: F401  (they register their planners)
+from ultraep_compile.planner import baselines, peers, quota  # noqa: F401  (they register their planners)
 from ultraep_compile.planner.bounds import lower_bound
 from ultraep_compile.planner.checks import checked_counts, validate_plan
 from ultraep_compile.planner.placement import Placement

@@ -1,4 +1,8 @@
-"""The planners by name. A planner decides which copies exist and how many tokens each computes."""
+"""The planners by name. A planner decides which copies exist and how many tokens each computes.
+
+Planners of other systems place their copies on earlier counts and divide the tokens that come by a rule of their
+own. They register that rule as `divide`; called as a planner they take the counts at hand for their history.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,19 @@ from ultraep_compile.errors import OptionError, nearest
 from ultraep_compile.planner.placement import Placement
 
 Planner = Callable[[NDArray, int], Placement]  # (counts_RE int64 [R, E], slots per rank) -> Placement
+Divide = Callable[[NDArray, NDArray], NDArray]  # (counts_RE, slot_expert_RS) -> quota_P int64 [P]
 PLANNERS: dict[str, Planner] = {}
+DIVIDE: dict[str, Divide] = {}
+IDEAL = "ideal"  # a figure beside the planners: what a router with perfectly even counts would cost
 
 
-def register(name: str) -> Callable[[Planner], Planner]:
-    """Make a planner known to `make_plan` and to the `planner` option."""
+def register(name: str, divide: Divide | None = None) -> Callable[[Planner], Planner]:
+    """Make a planner known to `make_plan` and to the `planner` option; `divide` marks one that uses history."""
 
     def add(planner: Planner) -> Planner:
         PLANNERS[name] = planner
+        if divide is not None:
+            DIVIDE[name] = divide
         return planner
 
     return add
@@ -25,6 +34,16 @@ def register(name: str) -> Callable[[Planner], Planner]:
 
 def planner_by_name(name: str) -> Planner:
     """The planner, or an OptionError that names the nearest one."""
+    if name == IDEAL:
+        raise OptionError(
+            "The planner 'ideal' is a figure and no plan: what a router with perfectly even counts would cost. "
+            "Compare with it in `ultraep-compile plan` and `replay`, and run with 'quota'."
+        )
     if name not in PLANNERS:
         raise OptionError(f"There is no planner {name!r}. {nearest(str(name), PLANNERS)}")
     return PLANNERS[name]
+
+
+def uses_history(name: str) -> bool:
+    """Whether the planner is meant to place its copies on earlier counts."""
+    return name in DIVIDE

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 
-def smallest_max_load(loads_E: NDArray, ranks: int, slots: int, limit_s: float = 5.0) -> int | None:
+def optimal_max_load(loads_E: NDArray, ranks: int, slots: int, limit_s: float = 5.0) -> int | None:
     """The lowest largest load of any plan; None when the solver runs out of time.
 
     Variables: x[e, r] tokens of expert e on rank r, y[e, r] whether r holds a copy of e (1 at home), and the
