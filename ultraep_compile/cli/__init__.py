@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = ("doctor", "demo", "explain", "dump", "view", "schedule")
+COMMANDS = ("doctor", "demo", "explain", "dump", "plan", "replay", "view", "schedule")
 
 
 def _register() -> None:

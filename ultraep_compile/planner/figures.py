@@ -1,0 +1,68 @@
+"""What a plan is judged by, as plain numbers, and its instances as a table that other programs can read."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ultraep_compile.errors import LoadsError
+from ultraep_compile.planner.bounds import smallest_max_load
+from ultraep_compile.planner.checks import checked_counts
+from ultraep_compile.planner.plan import (
+    Plan,
+    imbalance,
+    loads_after,
+    loads_before,
+    logical_expert,
+    max_ingress,
+    quotas,
+    remote_tokens,
+    replica_count,
+)
+
+
+def plan_figures(counts_RE: Tensor, plan: Plan) -> dict[str, float]:
+    """`before` and `after` (max/mean of the ranks' loads), `replicas`, `max_ingress`, `remote_share`."""
+    return {
+        "before": imbalance(loads_before(counts_RE)),
+        "after": imbalance(loads_after(plan)),
+        "replicas": replica_count(plan),
+        "max_ingress": max_ingress(plan),
+        "remote_share": int(remote_tokens(plan).sum()) / max(int(counts_RE.long().sum()), 1),
+    }
+
+
+def domain_lower_bound(counts_RE: Tensor, redundant_experts: int, domain: int | None = None) -> float:
+    """No plan whose copies stay within domains of `domain` consecutive ranks has a lower max/mean than this."""
+    counts = checked_counts(counts_RE, 0)
+    ranks = counts.shape[0]
+    loads_RM = counts.sum(0).reshape(ranks, -1)
+    total, size = int(loads_RM.sum()), domain or ranks
+    if not total:
+        return 1.0
+    worst = max(smallest_max_load(loads_RM[at : at + size], redundant_experts) for at in range(0, ranks, size))
+    return worst * ranks / total
+
+
+def plan_table(plan: Plan) -> tuple[NDArray, NDArray]:
+    """A plan as `instances` int32 [I, 3] and `shares` int32 [R, I].
+
+    A row of `instances` is (logical expert, rank, quota), by expert with the master first, then by rank; empty
+    slots are left out. Columns of `shares` belong to those rows: summed over sources they are the quotas, summed
+    over an expert's instances they are the counts of the source.
+    """
+    expert_P, quota_P = logical_expert(plan).cpu().numpy(), quotas(plan).cpu().numpy()
+    ranks, slots = plan.slot_expert_RS.shape
+    width = expert_P.size // ranks
+    is_slot_P = np.arange(expert_P.size) % width >= width - slots
+    order = np.lexsort((is_slot_P, expert_P))
+    order = order[expert_P[order] >= 0]
+    if quota_P.max(initial=0) > np.iinfo(np.int32).max:
+        expert = int(expert_P[quota_P.argmax()])
+        raise LoadsError(
+            f"An instance of expert {expert} gets {quota_P.max()} tokens, more than the file's int32 can hold. "
+            "Write smaller counts, for example those of one microbatch."
+        )
+    table = np.stack([expert_P[order], order // width, quota_P[order]], 1).astype(np.int32)
+    return table, plan.shares_RP.cpu().numpy()[:, order]
