@@ -316,14 +316,10 @@ def memory_formulas(layer: Layer, experts: int) -> LayerCost:
     )
 
 
-def memory(layer: Layer, experts: int, tokens: int, ranks: int, slots: int, layers: int = 1) -> dict[str, int]:
-    """Bytes on one rank: `slots` (gradients of copies included), `buffers`; `tokens` of all ranks.
-
-    `layers`: how many layers need slots of their own. Plans for the moment share theirs (1); copies that stay
-    until the next rebalance do not.
-    """
+def memory(layer: Layer, experts: int, tokens: int, ranks: int, slots: int) -> dict[str, int]:
+    """Bytes on one rank: `slots`, which all layers share, and dispatch `buffers`; `tokens` are of all ranks."""
     at = memory_formulas(layer, experts).at(tokens, ranks, slots)
-    return {"slots": layers * (at["slot_bytes"] + slots * layer.gradient_bytes), "buffers": at["buffer_bytes"]}
+    return {"slots": at["slot_bytes"], "buffers": at["buffer_bytes"]}
 
 
 def traffic(loads: Loads, layer: Layer) -> dict[str, int]:
@@ -356,7 +352,7 @@ def _constants(layer: Layer, rates: Rates) -> dict[str, Any]:
 
 
 @cache
-def _constant_symbols() -> frozenset[Symbol]:
+def _constant_symbols() -> frozenset[sympy.Basic]:
     used = set().union(*(f.free_symbols for f in (*FORMULAS.values(), ROWS, SENDS)))
     return frozenset(used - {q, n, N, sends, stay, out, back, out_far, back_far, sent, got})
 

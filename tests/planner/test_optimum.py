@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ultraep_compile.planner.optimum import optimal_max_load
 from tests.planner.problems import spread
 from ultraep_compile.planner import (
     imbalance,
@@ -17,6 +16,7 @@ from ultraep_compile.planner import (
     replica_count,
     validate_plan,
 )
+from ultraep_compile.planner.optimum import optimal_max_load
 
 
 def solved(number: int, seed: int, masters: tuple[int, int]) -> list[tuple[torch.Tensor, int, int]]:

@@ -30,13 +30,13 @@ def optimal_max_load(loads_E: NDArray, ranks: int, slots: int, limit_s: float = 
     answer = milp(
         np.eye(y + 1)[top],
         constraints=[
-            LinearConstraint(all_tokens, loads_E, loads_E),
+            LinearConstraint(all_tokens, loads_E, loads_E),  # pyright: ignore[reportArgumentType]
             LinearConstraint(only_copies, -np.inf, 0),
             LinearConstraint(slot_use, 0, slots + experts // ranks),
             LinearConstraint(loads, -np.inf, 0),
         ],
         integrality=np.repeat([0, 1], [x, x + 1]),
-        bounds=Bounds(low, high),
+        bounds=Bounds(low, high),  # pyright: ignore[reportArgumentType]
         options={"time_limit": limit_s},
     )
     return round(answer.fun) if answer.status == 0 else None

@@ -6,6 +6,8 @@ tokens at hand by it; for the others the tokens of an expert are divided as the 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -63,7 +65,7 @@ def divide_in_proportion(counts_RE: NDArray, slot_expert_RS: NDArray, earlier_P:
     quota_P, inst = quota_RL.ravel(), instances(masters, slot_expert_RS)
     load_E = counts_RE.sum(0).tolist()
     bounds = [*np.unique(inst.first_X).tolist(), inst.phys_X.size]
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in pairwise(bounds):
         phys_x, load = inst.phys_X[first:end], load_E[inst.expert_X[first]]
         weights = earlier_P[phys_x].tolist()
         total, seen, given = sum(weights), 0, 0

@@ -7,15 +7,13 @@ is shown as text.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
 import os
 import re
 from collections.abc import Iterable
 from importlib import resources
 
+from ultraep_compile.html import json_text, plotly_script, script_policy, write_page
 from ultraep_compile.telemetry.report_data import Curves, report_data
 from ultraep_compile.telemetry.trace import Trace
 
@@ -40,28 +38,17 @@ def write_report(
     title = title or str(trace.info.get("title") or "How balanced were the experts?")
     recorded = trace.info.get("notes") or ()
     lines = list(notes) or ([recorded] if isinstance(recorded, str) else list(recorded))
-    page = render(report_data(trace, title, curves, lines))
-    target = os.path.abspath(os.fspath(path))
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    part = f"{target}.{os.getpid()}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(page)
-    os.replace(part, target)
+    write_page(render(report_data(trace, title, curves, lines)), path)
 
 
 def render(data: dict) -> str:
     """The page for what `report_data` returned."""
-    from plotly.offline import get_plotlyjs
-
-    plotly = get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
-    app = "\n".join(_read(name) for name in SCRIPTS)
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    plotly, app = plotly_script(), "\n".join(_read(name) for name in SCRIPTS)
     parts = {
-        "@CSP@": " ".join(f"'sha256-{_hash(script)}'" for script in (plotly, app)),
+        "@CSP@": script_policy(plotly, app),
         "@TITLE@": html.escape(str(data["title"])),
         "@STYLE@": _read("page.css"),
-        "@DATA@": text,
+        "@DATA@": json_text(data),
         "@PLOTLY@": plotly,
         "@APP@": app,
     }
@@ -71,7 +58,3 @@ def render(data: dict) -> str:
 
 def _read(name: str) -> str:
     return resources.files("ultraep_compile.telemetry").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
