@@ -49,11 +49,11 @@ def test_options_and_their_defaults() -> None:
         "trace": None,
     }
     assert INNER_BACKENDS == ("inductor", "aot_eager", "eager")
-    assert {"quota", "greedy", "none"} <= set(PLANNERS)
+    assert {"quota", "greedy", "eplb", "lplb", "none"} <= set(PLANNERS)
 
 
 def test_commands() -> None:
-    assert set(COMMANDS) == {"doctor", "demo", "explain", "dump", "view", "schedule"}
+    assert set(COMMANDS) == {"doctor", "demo", "explain", "dump", "plan", "replay", "view", "schedule"}
 
 
 def test_errors() -> None:

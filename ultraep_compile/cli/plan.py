@@ -160,7 +160,7 @@ def _write(out: Path, tables: dict[str, Any]) -> None:
     """All arrays in one step: a reader sees the old file or the new one, never a part."""
     import numpy as np
 
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    part = Path(f"{out.resolve()}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             np.savez_compressed(file, **tables)

@@ -92,7 +92,7 @@ def _colour(one: Outcome) -> str:
 
 def _time(best: list[Outcome]) -> dict[str, Any]:
     scale, unit = (1e3, "ms") if max(o.step_us for o in best) > 5e3 else (1.0, "µs")
-    x = [_label(o) for o in best]
+    x = [_label(o).replace(", ", "<br>") for o in best]
     traces = [
         {
             "type": "bar", "x": x, "y": [o.parts_us[name] / scale for o in best], "name": text,
@@ -112,11 +112,12 @@ def _imbalance(result: Replayed, best: list[Outcome]) -> dict[str, Any]:
     def worst(values: np.ndarray) -> list[float]:
         return (values.reshape(layers, -1).max(0) if len(lengths) == 1 else values).tolist()
 
+    start = max(spec.history for spec in result.question.specs)
     lines = [("without copies", COLOURS["none"], worst(result.before))]
     lines += [(_label(o), _colour(o), worst(o.imbalance)) for o in best if o.spec.uses_slots]
     traces = [
         {
-            "type": "scatter", "mode": "lines", "name": name, "y": y, "line": {"color": colour, "width": 2, "shape": "hvh"},
+            "type": "scatter", "mode": "lines", "name": name, "x0": start, "y": y, "line": {"color": colour, "width": 2, "shape": "hvh"},
             "hovertemplate": "microbatch %{x}<br>%{y:.3f}<extra>" + name + "</extra>",
         }
         for name, colour, y in lines
@@ -165,7 +166,7 @@ def _traffic(best: list[Outcome]) -> dict[str, Any]:
         "network_bytes": ("rows between domains", "#1f7a8c"),
         "copy_bytes": ("weights of copies", "#e3a857"),
     }
-    x = [_label(o) for o in best]
+    x = [_label(o).replace(", ", "<br>") for o in best]
     traces = [
         {
             "type": "bar", "x": x, "y": [getattr(o, name) / 1e9 for o in best], "name": text, "marker": {"color": colour},
@@ -220,7 +221,7 @@ _SCRIPT = """
 const figures = JSON.parse(document.getElementById("data").textContent);
 const base = {
   font: {family: "system-ui, sans-serif", size: 12, color: "#333"}, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
-  margin: {l: 64, r: 12, t: 34, b: 46}, legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0}, bargap: 0.35,
+  margin: {l: 64, r: 12, t: 40, b: 46}, legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal"}, bargap: 0.35,
 };
 for (const [name, figure] of Object.entries(figures)) {
   const layout = {...base, ...figure.layout};
