@@ -34,9 +34,9 @@ def test_one_expert_takes_all(slots):
     counts_RE = torch.zeros(8, 32, dtype=torch.int64)
     counts_RE[:, 13] = 1000
     plan = planned(counts_RE, slots)
-    assert loads_after(plan).tolist() == [1000] * 8
+    assert loads_after(plan).max() <= 1010
     assert replica_count(plan) == 7
-    assert int(remote_tokens(plan).sum()) == 0
+    assert int(remote_tokens(plan).sum()) <= 80  # a rank may take 10 tokens more than it has
 
 
 def test_one_rank():

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class Copies(NamedTuple):
-    """X copies, sorted by target rank, then expert. A target gets an expert at most once."""
+    """X copies, sorted by target rank. A target gets an expert at most once."""
 
     expert_X: NDArray  # int64, logical expert
     target_X: NDArray  # int64, rank that gets the copy
@@ -17,8 +17,8 @@ class Copies(NamedTuple):
 
     @classmethod
     def of(cls, expert_X: NDArray, target_X: NDArray, tokens_X: NDArray) -> Copies:
-        """Copies in any order, sorted."""
-        order = np.lexsort((expert_X, target_X))
+        """Copies in the order of their slots, sorted."""
+        order = np.argsort(target_X, kind="stable")
         return cls(expert_X[order], target_X[order], tokens_X[order])
 
 

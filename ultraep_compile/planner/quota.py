@@ -2,71 +2,87 @@
 
 Copies cost memory traffic, tokens that leave their rank cost network traffic: of the plans found at a
 threshold, the one is taken in which every copy is worth mean/40 tokens that stay at home.
+
+Where the good enough threshold is out of reach, a ladder of 32 thresholds leads up to the unbalanced maximum,
+and 32 more divide the step below the lowest that is reached. All of them are known beforehand, so that a GPU
+tries them side by side (`codegen/planner_kernels`, which makes the same plans); here they are tried in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from numpy.typing import NDArray
 
-from ultraep_compile.planner.bounds import smallest_max_load
-from ultraep_compile.planner.local import keep_local
 from ultraep_compile.planner.placement import Placement, place
 from ultraep_compile.planner.registry import register
 from ultraep_compile.planner.search import Found, Method, Problem, find_copies
 
-TOLERANCE = 100  # a largest load within mean/100 of the mean is good enough
+TOLERANCE = 100  # basis points: a largest load within 1% of the mean is good enough
 COPY_WORTH = 40  # one copy more must keep mean/40 tokens at home
+LADDER = 32  # thresholds of the ladder, and of the refinement
 
 FEW_COPIES = (
     Method(near=20, near_full=100),
     Method(near=50, near_full=200),
-    Method(largest_first=True, near=50, near_full=200),
+    Method(order="largest"),
+    Method(order="largest", near=200, near_full=500),
 )
-LOW_LOAD = tuple(
-    Method(largest_first=largest_first, best_fit=best_fit, always_fill=True)
-    for largest_first in (True, False)
-    for best_fit in (True, False)
+LOW_LOAD = (
+    Method(order="hottest", always_fill=True),
+    Method(order="hottest", always_fill=True, best_fit=False),
 )
 
 
 @register("quota")
-def plan_quota(counts_RE: NDArray, slots: int) -> Placement:
-    """Search at the lowest threshold worth reaching, then at higher ones until some method finds copies."""
+def plan_quota(counts_RE: NDArray, slots: int | NDArray, tolerance: int = TOLERANCE) -> Placement:
+    """Search at the good enough threshold, then at higher ones until some method finds copies."""
     problem = Problem(counts_RE, slots)
-    good_enough = max(problem.mean, problem.total * (TOLERANCE + 1) // (TOLERANCE * problem.ranks))
-    if problem.worst <= good_enough or slots == 0:
-        return place(problem.loads_RM, slots, None)
-    tau = good_enough
-    found = _cheapest(problem, tau, FEW_COPIES)
-    if found is None:
-        tau = _lowest_threshold(problem, good_enough)
-        found = _cheapest(problem, tau, FEW_COPIES + LOW_LOAD)
-        assert found is not None
-    return keep_local(counts_RE, place(problem.loads_RM, slots, problem.copies(found)), tau)
+    good_enough = max(problem.mean, problem.total * (10000 + tolerance) // (10000 * problem.ranks))
+    found = None
+    if problem.worst > good_enough and any(problem.slots):
+        found = _cheapest(problem, good_enough, FEW_COPIES) or _lowest(problem, good_enough)
+    return place(problem.loads_RM, max(problem.slots), problem.copies(found) if found else None)
 
 
-def _lowest_threshold(problem: Problem, good_enough: int) -> int:
-    """The lowest threshold that a method reaches: doubling steps up from the bound, then bisection."""
+def ladder(good_enough: int, mean: int, worst: int) -> list[int]:
+    """Thresholds from `good_enough` up; each is about a quarter further from the mean than the one before."""
+    excess = max(good_enough - mean, 1 + (mean >> 8))
+    taus = [good_enough]
+    for _ in range(LADDER - 2):
+        taus.append(min(mean + excess, worst))
+        excess += 1 + (excess >> 2)
+    return [*taus, worst]
 
-    def reached(tau: int) -> bool:
-        return any(find_copies(problem, tau, method) is not None for method in LOW_LOAD)
 
-    tau = max(good_enough, smallest_max_load(problem.loads_RM, problem.slots))
-    if reached(tau):
-        return tau
-    failed, step, fine = tau, max(1, problem.mean // 128), max(1, problem.mean // 512)
-    while not reached(tau := min(failed + step, problem.worst)):  # the unbalanced maximum is always reached
-        failed, step = tau, 2 * step
-    while tau - failed > fine:
-        middle = (tau + failed) // 2
-        if reached(middle):
-            tau = middle
-        else:
-            failed = middle
-    return tau
+def refinement(below: int, reached: int) -> list[int]:
+    """Thresholds that divide the step from `below` to `reached`, neither of them included."""
+    return [below + (reached - below) * (k + 1) // (LADDER + 1) for k in range(LADDER)]
+
+
+def _lowest(problem: Problem, good_enough: int) -> Found | None:
+    taus = ladder(good_enough, problem.mean, problem.worst)
+    reached, found = _first(problem, taus)
+    if reached == 0:
+        return found
+    return _first(problem, refinement(taus[reached - 1], taus[reached]))[1] or found
+
+
+def _first(problem: Problem, taus: Iterable[int]) -> tuple[int, Found | None]:
+    """The place of the first threshold that any method reaches, and the cheapest plan there."""
+    at = 0
+    for at, tau in enumerate(taus):
+        if found := _cheapest(problem, tau, LOW_LOAD):
+            return at, found
+    return at, None
 
 
 def _cheapest(problem: Problem, tau: int, methods: tuple[Method, ...]) -> Found | None:
     """Of what the methods find, the best trade of copies for local tokens; the first of equals."""
+    shift = max(problem.total.bit_length() - 31, 0)  # the kernel's keys have 42 bits for this
     found = [one for method in methods if (one := find_copies(problem, tau, method)) is not None]
-    return min(found, key=lambda one: problem.mean * len(one.exports) - COPY_WORTH * one.local, default=None)
+    return min(
+        found,
+        key=lambda one: (problem.mean >> shift) * len(one.exports) - COPY_WORTH * (one.local >> shift),
+        default=None,
+    )
