@@ -49,13 +49,13 @@ def test_lplb_divides_as_well_as_its_copies_allow():
     assert int(loads_after(by_lp).max()) == 5 < int(loads_after(even).max())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems())
 def test_lplb_is_never_above_eplb_nor_above_none(problem):
     counts_RE, slots = problem
     worst = {name: int(loads_after(make_plan(counts_RE, slots, name)).max()) for name in ("eplb", "lplb", "none")}
-    slack = 1 + worst["none"] // 10**8  # floats beyond that
-    assert worst["lplb"] <= min(worst["eplb"], worst["none"]) + slack - 1
+    tolerance = worst["none"] // 10**8  # of the solver; no token below 10^8
+    assert worst["lplb"] <= min(worst["eplb"], worst["none"]) + tolerance
 
 
 @settings(max_examples=60, deadline=None)

@@ -88,10 +88,9 @@ def divide_by_lp(counts_RE: NDArray, slot_expert_RS: NDArray) -> NDArray:
     cost = np.append(np.zeros(x), 1.0)
     lowest = linprog(cost, with_top, -fixed_R / scale, no_top, load_C / scale, method="highs-ds")
     assert lowest.status == 0, lowest.message
-    top = lowest.fun * scale
-    cap_R = np.floor(top * (1 + 1e-9)) + (top % 1 > 1e-4) - fixed_R
+    cap_R = np.ceil(lowest.fun * scale - 1e-4) - fixed_R
     found = linprog(np.zeros(x), by_rank, cap_R, by_expert, load_C, method="highs-ds")
-    if found.status != 0:  # counts so large that the cap was rounded away
+    if found.status != 0:  # counts so large that the tolerance is more than a token
         found = linprog(np.zeros(x), by_rank, cap_R * (1 + 1e-9) + 1, by_expert, load_C, method="highs-ds")
     assert found.status == 0, found.message
     quota_P[inst.phys_X] = np.maximum(np.rint(found.x), 0)
