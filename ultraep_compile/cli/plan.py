@@ -80,7 +80,6 @@ def _case(
     given_RE = torch.from_numpy(counts)
     ideal = planner == IDEAL
     counts_RE = forced_counts(given_RE) if ideal else given_RE
-    extra = {} if domain is None else {"domain": domain}
     if domain is not None and counts.shape[0] % domain:
         raise TopologyError(
             f"Array {name!r}: --domain {domain} does not divide its {counts.shape[0]} ranks. "
@@ -90,7 +89,7 @@ def _case(
         best = float("inf")
         for _ in range(REPEATS):
             start = time.perf_counter_ns()
-            made = make_plan(counts_RE, slots, "none" if ideal else planner, **extra)
+            made = make_plan(counts_RE, slots, "none" if ideal else planner, domain=domain)
             best = min(best, (time.perf_counter_ns() - start) / 1e3)
         bound = domain_lower_bound(counts_RE, slots, domain)
     except UltraEPError as error:

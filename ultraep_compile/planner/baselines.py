@@ -10,28 +10,28 @@ from ultraep_compile.planner.registry import register
 
 
 @register("none")
-def plan_none(counts_RE: NDArray, slots: int) -> Placement:
+def plan_none(counts_RE: NDArray, slots: int | NDArray) -> Placement:
     """No copies: every token goes to the master of its expert."""
-    return place(counts_RE.sum(0).reshape(counts_RE.shape[0], -1), slots, None)
+    return place(counts_RE.sum(0).reshape(counts_RE.shape[0], -1), int(np.max(slots)), None)
 
 
 @register("greedy")
-def plan_greedy(counts_RE: NDArray, slots: int) -> Placement:
+def plan_greedy(counts_RE: NDArray, slots: int | NDArray) -> Placement:
     """Greedy exports alone, as in UltraEP (arXiv 2606.04101), at thresholds 1% of the largest load
     apart."""
     ranks = counts_RE.shape[0]
     loads_RM = counts_RE.sum(0).reshape(ranks, -1)
     total, worst = int(loads_RM.sum()), int(loads_RM.sum(1).max())
     tau = max(-(-total // ranks), total * 101 // (100 * ranks))
-    while slots and tau < worst:
+    while np.any(slots) and tau < worst:
         copies = greedy_copies(loads_RM, slots, tau)
         if copies is not None:
-            return place(loads_RM, slots, copies)
+            return place(loads_RM, int(np.max(slots)), copies)
         tau += max(1, worst // 100)
-    return place(loads_RM, slots, None)
+    return place(loads_RM, int(np.max(slots)), None)
 
 
-def greedy_copies(loads_RM: NDArray, slots: int, tau: int) -> Copies | None:
+def greedy_copies(loads_RM: NDArray, slots: int | NDArray, tau: int) -> Copies | None:
     """Overloaded ranks, fullest first, export their hottest experts to the emptiest ranks, and never
     import.
 
@@ -40,7 +40,7 @@ def greedy_copies(loads_RM: NDArray, slots: int, tau: int) -> Copies | None:
     """
     ranks, masters = loads_RM.shape
     load_R = loads_RM.sum(1)
-    slack_R, free_R = np.maximum(tau - load_R, 0), np.full(ranks, slots)
+    slack_R, free_R = np.maximum(tau - load_R, 0), np.broadcast_to(slots, ranks).copy()
     exports: list[tuple[int, int, int]] = []
     for source in np.argsort(-load_R, kind="stable").tolist():
         need = int(load_R[source]) - tau

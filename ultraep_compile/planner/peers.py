@@ -16,7 +16,7 @@ from ultraep_compile.planner.placement import Placement, instances
 from ultraep_compile.planner.registry import register
 
 
-def eplb_slots(counts_RE: NDArray, slots: int) -> NDArray:
+def eplb_slots(counts_RE: NDArray, slots: int | NDArray) -> NDArray:
     """int64 [R, S]: what the slots hold, from counts summed over any number of microbatches.
 
     Example: loads 8, 2 on two ranks with a slot each: expert 0 gets the first copy (8 a head), which then holds 4
@@ -26,7 +26,8 @@ def eplb_slots(counts_RE: NDArray, slots: int) -> NDArray:
     heap = [(-float(load), expert) for expert, load in enumerate(load_E.tolist()) if load]
     heapify(heap)
     number_E = np.ones(experts, np.int64)
-    for _ in range(ranks * slots if ranks > 1 else 0):
+    slots_R = np.broadcast_to(slots, ranks)
+    for _ in range(int(slots_R.sum()) if ranks > 1 else 0):
         if not heap or not heap[0][0]:
             break
         expert = heap[0][1]
@@ -37,10 +38,10 @@ def eplb_slots(counts_RE: NDArray, slots: int) -> NDArray:
     each_E = load_E / number_E
     load_R = each_E.reshape(ranks, -1).sum(1)
     taken_RE = np.eye(ranks, dtype=bool).repeat(experts // ranks, 1)
-    slot_expert_RS, used_R = np.full((ranks, slots), -1, np.int64), np.zeros(ranks, np.int64)
+    slot_expert_RS, used_R = np.full((ranks, int(slots_R.max())), -1, np.int64), np.zeros(ranks, np.int64)
     for expert in np.argsort(-each_E, kind="stable").tolist():
         for _ in range(int(number_E[expert]) - 1):
-            open_R = (used_R < slots) & ~taken_RE[:, expert]
+            open_R = (used_R < slots_R) & ~taken_RE[:, expert]
             if not open_R.any():  # the only slots left are on ranks that have this expert
                 break
             rank = int(np.where(open_R, load_R, np.inf).argmin())
@@ -111,14 +112,14 @@ def _masters_only(counts_RE: NDArray, slot_expert_RS: NDArray):
 
 
 @register("eplb", divide_evenly)
-def plan_eplb(counts_RE: NDArray, slots: int) -> Placement:
+def plan_eplb(counts_RE: NDArray, slots: int | NDArray) -> Placement:
     """Copies as EPLB places them, tokens divided evenly over the instances."""
     slot_expert_RS = eplb_slots(counts_RE, slots)
     return Placement(slot_expert_RS, divide_evenly(counts_RE, slot_expert_RS))
 
 
 @register("lplb", divide_by_lp)
-def plan_lplb(counts_RE: NDArray, slots: int) -> Placement:
+def plan_lplb(counts_RE: NDArray, slots: int | NDArray) -> Placement:
     """Copies as EPLB places them, tokens divided by a linear program."""
     slot_expert_RS = eplb_slots(counts_RE, slots)
     return Placement(slot_expert_RS, divide_by_lp(counts_RE, slot_expert_RS))

@@ -12,6 +12,7 @@ leave their rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,18 @@ def masters_per_rank(plan: Plan) -> int:
     return plan.shares_RP.shape[1] // ranks - slots
 
 
-def logical_expert(plan: Plan) -> Tensor:
-    """int64 [P]: the logical expert that each physical expert is a copy of, -1 for an empty slot."""
+def logical_expert(plan: Plan, experts_per_rank: Sequence[int] | None = None) -> Tensor:
+    """int64 [P]: the logical expert that each physical expert is a copy of, -1 for an empty slot.
+
+    `experts_per_rank` says how many masters each rank has, where not all have M; -1 for those that it lacks.
+    """
     ranks, masters = plan.slot_expert_RS.shape[0], masters_per_rank(plan)
     home_RM = torch.arange(ranks * masters, device=plan.slot_expert_RS.device).view(ranks, masters)
+    if experts_per_rank is not None:
+        local_M = torch.arange(masters, device=home_RM.device)
+        number_R = torch.tensor(experts_per_rank, device=home_RM.device)
+        home_RM = (number_R.cumsum(0) - number_R)[:, None] + local_M
+        home_RM = torch.where(local_M < number_R[:, None], home_RM, -1)
     return torch.cat([home_RM, plan.slot_expert_RS.long()], 1).flatten()
 
 

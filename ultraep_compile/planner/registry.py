@@ -7,23 +7,26 @@ own. They register that rule as `divide`; called as a planner they take the coun
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from numpy.typing import NDArray
 
 from ultraep_compile.errors import OptionError, nearest
 from ultraep_compile.planner.placement import Placement
 
-Planner = Callable[[NDArray, int], Placement]  # (counts_RE int64 [R, E], slots per rank) -> Placement
+# (counts_RE int64 [R, E], slots of each rank, or one number for all) -> Placement
+Planner = Callable[[NDArray, int | NDArray], Placement]
+P = TypeVar("P", bound=Planner)
 Divide = Callable[[NDArray, NDArray], NDArray]  # (counts_RE, slot_expert_RS) -> quota_P int64 [P]
 PLANNERS: dict[str, Planner] = {}
 DIVIDE: dict[str, Divide] = {}
 IDEAL = "ideal"  # a figure beside the planners: what a router with perfectly even counts would cost
 
 
-def register(name: str, divide: Divide | None = None) -> Callable[[Planner], Planner]:
+def register(name: str, divide: Divide | None = None) -> Callable[[P], P]:
     """Make a planner known to `make_plan` and to the `planner` option; `divide` marks one that uses history."""
 
-    def add(planner: Planner) -> Planner:
+    def add(planner: P) -> P:
         PLANNERS[name] = planner
         if divide is not None:
             DIVIDE[name] = divide

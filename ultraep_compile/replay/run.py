@@ -204,7 +204,6 @@ def _counts(sequence: Sequence, start: int) -> Iterator[Tensor]:
 
 def plans(sequence: Sequence, spec: Spec, slots: int, start: int, domain: int | None = None) -> Iterator[tuple[Tensor, Plan]]:
     """(counts, plan) of each microbatch from `start` on; the counts of `ideal` are those of a forced router."""
-    extra = {} if domain is None else {"domain": domain}
     earlier: Plan | None = None
     for n, counts_RE in enumerate(_counts(sequence, start)):
         if spec.planner == IDEAL:
@@ -213,10 +212,10 @@ def plans(sequence: Sequence, spec: Spec, slots: int, start: int, domain: int | 
         elif spec.history:
             if earlier is None or n % spec.history == 0:
                 window = sequence.counts_NRE[start + n - spec.history : start + n].sum(0)
-                earlier = make_plan(torch.from_numpy(window), slots, spec.planner, **extra)
+                earlier = make_plan(torch.from_numpy(window), slots, spec.planner, domain=domain)
             yield counts_RE, reuse_plan(earlier, counts_RE, spec.planner)
         else:
-            yield counts_RE, make_plan(counts_RE, slots, spec.planner, **extra)
+            yield counts_RE, make_plan(counts_RE, slots, spec.planner, domain=domain)
 
 
 def _outcome(

@@ -1,0 +1,448 @@
+"""The planner `quota` as four Triton launches, from all-gathered counts to placement, quotas and shares.
+
+    prepare   column sums, the counts by expert, prefix sums over source ranks
+    search    one program of one warp per candidate: every method at every threshold, side by side
+    refine    the thresholds in the step below the lowest that was reached; returns at once where 1% was reached
+    finish    the chosen candidate's slots, quotas and exact shares
+
+Same integers, same ties, so the same plan bit for bit as `ultraep_compile.planner.quota` (the reference, in plain
+Python). Nothing is read on the host, shapes are fixed, the launches can be captured in a CUDA graph.
+
+In `search` a rank is a lane (GP lanes, ranks first), the experts of a rank lie along axis 0, in registers. Every
+choice is the minimum or maximum of a packed key, value * GP + lane: one instruction over a warp where keys have
+32 bits. Loads whose keys do not fit are planned with 64 bits by the second branch of the same kernel.
+
+Candidate c of a domain writes slot tables [C, D*S] and offers its key, class | cost | c, to an atomic minimum:
+class 0 is the good enough threshold, class 1 + i the i-th of the ladder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ultraep_compile.planner.quota import COPY_WORTH, FEW_COPIES, LADDER, LOW_LOAD, TOLERANCE
+from ultraep_compile.planner.search import Method
+
+NONE = tl.constexpr(2**63 - 1)  # the key where no candidate was found
+CLASS_SHIFT = tl.constexpr(51)  # key = class << 51 | (cost + 2^42) << 8 | candidate
+COST_BIAS = tl.constexpr(2**42)
+FEW = tl.constexpr(len(FEW_COPIES))
+LOW = tl.constexpr(len(LOW_LOAD))
+RUNGS = tl.constexpr(LADDER)
+WORTH = tl.constexpr(COPY_WORTH)
+CANDIDATES = len(FEW_COPIES) + LADDER * len(LOW_LOAD)
+REFINED = LADDER * len(LOW_LOAD)
+PREFETCHED = tl.constexpr(8)  # more masters a rank than this are not prefetched
+BLOCK = 32  # experts of a program of `prepare`, instances of a program of `finish`
+SMALLEST, LARGEST, HOTTEST = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def prepare(
+    counts_p, load_p, column_p, before_p, key_p, rank, R, E, M: tl.constexpr, DOMAINS: tl.constexpr,
+    RP: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of 32 experts: load int64 [M, R], column int32 [E, R], before [E] (or [R, E] if ALL): tokens of lower ranks.
+
+    Example: counts [[3, 1], [4, 0]] give load [[7, 1]], column [[3, 4], [1, 0]] and before [[0, 0], [3, 1]].
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    r = tl.arange(0, RP)
+    inside = (r[:, None] < R) & (e[None, :] < E)
+    n = tl.load(counts_p + r[:, None] * E + e[None, :], mask=inside, other=0)
+    wide = n.to(tl.int64)
+    tl.store(load_p + e % M * R + e // M, tl.sum(wide, 0), mask=e < E)
+    tl.store(column_p + e[None, :] * R + r[:, None], n, mask=inside)
+    if ALL:
+        tl.store(before_p + r[:, None] * E + e[None, :], tl.cumsum(wide, 0) - wide, mask=inside)
+    else:
+        tl.store(before_p + e, tl.sum(tl.where(r[:, None] < rank, wide, 0), 0), mask=e < E)
+    if tl.program_id(0) == 0:
+        for k in tl.static_range(2 * DOMAINS):
+            tl.store(key_p + k, NONE)
+
+
+@triton.jit
+def _rung(good, mean, worst, index):
+    """Threshold `index` of `planner.quota.ladder`."""
+    tau = good
+    if index > 0:
+        excess = tl.maximum(good - mean, 1 + (mean >> 8))
+        i = 1
+        while i < index:
+            excess += 1 + (excess >> 2)
+            i += 1
+        tau = tl.where(index == RUNGS - 1, worst, tl.minimum(mean + excess, worst))
+    return tau
+
+
+@triton.jit
+def _try(
+    tau, total, mean, worst, c, class_, method_p, counts_p, load_p, column_p, slots_p, key_p, expert_p, tokens_p,
+    first_rank, E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr,
+    M_BITS: tl.constexpr, SP: tl.constexpr, KEY: tl.constexpr,
+):  # fmt: skip
+    """`planner.search.find_copies` for one method and threshold, with keys of type KEY."""
+    GP: tl.constexpr = 1 << G_BITS
+    MP: tl.constexpr = 1 << M_BITS
+    BIG: tl.constexpr = 2**31 - 1 if KEY == tl.int32 else 2**63 - 1
+    order = tl.load(method_p)
+    near = (tau * tl.load(method_p + 1) >> 10).to(KEY)
+    near_full = tl.load(method_p + 2).to(tl.int64)
+    best_fit = tl.load(method_p + 3) != 0
+    always_fill = tl.load(method_p + 4) != 0
+
+    g = tl.arange(0, GP)
+    m = tl.arange(0, MP)[:, None]
+    s = tl.arange(0, SP)[:, None]
+    lane = g[None, :]
+    mine = (lane < D) & (m < M)
+    expert = (first_rank + lane) * M + m
+    left = tl.load(load_p + m * R + first_rank + lane, mask=mine, other=0).to(KEY)  # [MP, GP] still at home
+    load = tl.sum(left, 0)  # [GP]
+    tau = tau.to(KEY)
+    touched = tl.zeros((GP,), tl.int32)
+    if M <= PREFETCHED:  # bring the columns that are likely to be read into the L1 cache, all at once
+        for master in tl.static_range(M):
+            for sector in tl.static_range(0, D, 8):
+                column = column_p + ((first_rank + g) * M + master) * R + first_rank + sector
+                touched |= tl.load(column, mask=(g < D) & (load > tau), other=0)
+    top_load = worst.to(KEY)
+    slots = tl.load(slots_p + first_rank + g, mask=g < D, other=0)
+    used = tl.zeros((GP,), tl.int32)
+    slot_expert = tl.full((SP, GP), -1, tl.int32)
+    slot_tokens = tl.zeros((SP, GP), KEY)
+    copies = 0
+    found = near >= 0
+
+    hottest = tl.max((left << M_BITS) + (MP - 1 - m), 0)
+    turn = tl.where(order == SMALLEST, load, top_load - tl.where(order == LARGEST, load, hottest >> M_BITS))
+    next_ = tl.min(tl.where(load > tau, (turn << G_BITS) + g, BIG), 0)
+    while found & (next_ != BIG):
+        source = g == (next_ & (GP - 1)).to(tl.int32)
+        need = tl.max(tl.where(source, load - tau, 0), 0)
+        hot = tl.max(tl.where(source, hottest, 0), 0)
+        may_import = tl.max(tl.where(source, slots, 0), 0) > 0
+        available = hot >> M_BITS
+        at = (MP - 1 - (hot & (MP - 1))).to(tl.int32)
+        want = tl.minimum(need, available)
+        which = (first_rank + (next_ & (GP - 1)).to(tl.int32)) * M + at
+        demand = tl.load(column_p + which * R + first_rank + g, mask=g < D, other=0).to(KEY)
+
+        slack = tl.where(used < slots, tl.maximum(tau - load, 0), 0)
+        tight = tl.min(tl.where(slack >= want, slack, BIG), 0)
+        most = tl.max(slack, 0)
+        fits = best_fit & (tight != BIG)
+        low = tl.where(fits, tight, most - (most.to(tl.int64) * near_full >> 10).to(KEY))
+        high = tl.where(fits, tl.minimum(tight, BIG - near) + near, most)
+        rival = (slack > 0) & (slack >= low) & (slack <= high)
+        chosen = tl.max(tl.where(rival, (demand << G_BITS) + (GP - 1 - g), -1), 0)
+        found = chosen >= 0
+        target = rival & (g == (GP - 1 - (chosen & (GP - 1))).to(tl.int32))
+        fill = (always_fill | (used + 1 == slots)) & may_import
+        tokens = tl.max(tl.where(target, tl.minimum(tl.where(fill, available, want), slack), 0), 0)
+
+        slot = target[None, :] & (s == used[None, :])
+        slot_expert = tl.where(slot, which, slot_expert)
+        slot_tokens = tl.where(slot, tokens, slot_tokens)
+        used += target.to(tl.int32)
+        copies += 1
+        load += tl.where(target, tokens, 0) - tl.where(source, tokens, 0)
+        left -= tl.where(source[None, :] & (m == at), tokens, 0)
+        hottest = tl.max((left << M_BITS) + (MP - 1 - m), 0)
+        turn = tl.where(order == SMALLEST, load, top_load - tl.where(order == LARGEST, load, hottest >> M_BITS))
+        next_ = tl.min(tl.where(load > tau, (turn << G_BITS) + g, BIG), 0)
+
+    if found:
+        there = (lane < D) & (s < S)
+        held = slot_expert >= 0
+        row = counts_p + (first_rank + lane) * E
+        kept = tl.minimum(slot_tokens, tl.load(row + slot_expert, mask=held, other=0).to(KEY))
+        # what comes from other domains is counted at the expert's home
+        own = tl.load(row + expert, mask=mine, other=0).to(tl.int64)
+        if D < R:
+            own = tl.load(load_p + m * R + first_rank + lane, mask=mine, other=0)
+            for other in range(D):
+                elsewhere = mine & (lane != other)
+                own -= tl.load(counts_p + (first_rank + other) * E + expert, mask=elsewhere, other=0)
+        lost = tl.maximum(own - left.to(tl.int64), 0)
+        local = tl.sum(tl.sum(kept.to(tl.int64), 0), 0) - tl.sum(tl.sum(lost, 0), 0)
+        shift = 0
+        while (total >> (31 + shift)) > 0:
+            shift += 1
+        cost = (mean >> shift) * copies - WORTH * (local >> shift)
+        cost += tl.min((touched >> 31).to(tl.int64), 0)  # zero: uses what was prefetched
+        table = c * (D * S) + lane * S + s
+        tl.store(expert_p + table, slot_expert, mask=there)
+        tl.store(tokens_p + table, slot_tokens.to(tl.int64), mask=there)
+        key = (class_.to(tl.int64) << CLASS_SHIFT) + ((cost + COST_BIAS) << 8) + c
+        tl.atomic_min(key_p, key, sem="relaxed")
+
+
+@triton.jit
+def search(
+    counts_p, load_p, column_p, slots_p, methods_p, key_p, flag_p, expert_p, tokens_p, tolerance, E, R, DOMAINS,
+    D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr, SP: tl.constexpr,
+    ALL_C: tl.constexpr, REFINE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One candidate of one domain.
+
+    REFINE: of the thresholds below the lowest rung that was reached.
+    """
+    GP: tl.constexpr = 1 << G_BITS
+    MP: tl.constexpr = 1 << M_BITS
+    domain = tl.program_id(0)
+    c = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    first_rank = domain * D
+    go = True
+    rung = tl.where(c < FEW, 0, (c - FEW) // LOW)
+    class_ = tl.where(c < FEW, 0, rung + 1)
+    method = tl.where(c < FEW, c, FEW + (c - FEW) % LOW)
+    step = 0
+    if REFINE:
+        first = tl.load(key_p + domain)
+        reached = (first >> CLASS_SHIFT).to(tl.int32)
+        go = (first != NONE) & (reached > 1)
+        rung = tl.where(go, reached - 1, 0)
+        step = c // LOW
+        class_ = step
+        method = FEW + c % LOW
+    if go:
+        g = tl.arange(0, GP)[None, :]
+        m = tl.arange(0, MP)[:, None]
+        left = tl.load(load_p + m * R + first_rank + g, mask=(g < D) & (m < M), other=0)
+        load = tl.sum(left, 0)
+        total = tl.sum(load, 0)
+        worst = tl.max(load, 0)
+        mean = (total + D - 1) // D
+        # total * (10000 + tolerance) // (10000 * D), without passing 2^63
+        unit = 10000 * D
+        good = total // unit * (10000 + tolerance) + total % unit * (10000 + tolerance) // unit
+        good = tl.maximum(mean, good)
+        LIMIT: tl.constexpr = 2**31 // (GP if GP > MP else MP) - 1
+        narrow = worst < LIMIT
+        if c == 0:
+            tl.store(flag_p + domain, narrow.to(tl.int32))
+        any_slot = tl.max(tl.load(slots_p + first_rank + tl.arange(0, GP), mask=tl.arange(0, GP) < D, other=0), 0) > 0
+        if (worst > good) & any_slot:
+            tau = _rung(good, mean, worst, rung)
+            if REFINE:
+                below = _rung(good, mean, worst, rung - 1)
+                tau = below + (tau - below) * (step + 1) // (RUNGS + 1)
+            table = domain.to(tl.int64) * ALL_C
+            keys = key_p + domain
+            if REFINE:
+                table += FEW + RUNGS * LOW
+                keys += DOMAINS
+            e_p = expert_p + table * (D * S)
+            t_p = tokens_p + table * (D * S)
+            row = methods_p + method * 5
+            if narrow:
+                _try(tau, total, mean, worst, c, class_, row, counts_p, load_p, column_p, slots_p, keys, e_p, t_p,
+                     first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, tl.int32)  # fmt: skip
+            else:
+                _try(tau, total, mean, worst, c, class_, row, counts_p, load_p, column_p, slots_p, keys, e_p, t_p,
+                     first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, tl.int64)  # fmt: skip
+
+
+@triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _shares(
+    q, slot_p, sent_p, found, counts_p, load_p, before_p, slot_expert_p, quota_p, shares_p, first_rank, rank, write,
+    E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, INT: tl.constexpr,
+):  # fmt: skip
+    """Quota and share of 32 instances q of a domain: masters 0..D*M-1, then slots; INT holds every sum."""
+    X: tl.constexpr = D * S
+    j = tl.arange(0, XP)
+    e_j = tl.load(slot_p + j, mask=(j < X) & found, other=-1)
+    q_j = tl.load(sent_p + j, mask=(j < X) & found, other=0).to(INT)
+    host_j = first_rank + j // S
+    f_j = tl.minimum(tl.load(counts_p + host_j * E + e_j, mask=e_j >= 0, other=0).to(INT), q_j)  # served at home
+
+    slot = q - D * M
+    is_slot = (slot >= 0) & (slot < X)
+    slot = tl.where(is_slot, slot, 0)
+    held = tl.load(slot_p + slot, mask=is_slot & found, other=-1)
+    tokens = tl.load(sent_p + slot, mask=is_slot & found, other=0).to(INT)
+    e = tl.where(q < D * M, first_rank * M + q, held)
+    live = e >= 0
+    home = e // M
+    host = tl.where(is_slot, first_rank + slot // S, home)
+    load = tl.load(load_p + e % M * R + home, mask=live, other=0).to(INT)
+    before = tl.load(before_p + e, mask=live, other=0).to(INT)
+    at_home = tl.load(counts_p + home * E + e, mask=live, other=0).to(INT)
+    at_host = tl.load(counts_p + host * E + e, mask=live, other=0).to(INT)
+    at_rank = tl.load(counts_p + rank * E + e, mask=live, other=0).to(INT)
+
+    same = (e_j[:, None] == e[None, :]) & live[None, :]
+    served = tl.where(same, f_j[:, None], 0)
+    sent = tl.where(same, q_j[:, None], 0)
+    host_2 = host_j[:, None]
+    exported, served_below, served_here, line = tl.reduce(
+        (
+            sent,
+            tl.where(host_2 < rank, served, 0),
+            tl.where(host_2 == rank, served, 0),
+            tl.where(host_2 < host[None, :], sent - served, 0),
+        ),
+        0,
+        _add4,
+    )
+    master = load - exported
+    master_served = tl.minimum(at_home, master)
+    quota = tl.where(is_slot, tokens, master)
+    own = tl.minimum(at_host, quota)
+    # the rank's demand and the instance's room, as intervals on a line
+    demand_from = before - served_below - tl.where(home < rank, master_served, 0)
+    demand_to = demand_from + at_rank - served_here - tl.where(home == rank, master_served, 0)
+    room_from = line + tl.where(home < host, master - master_served, 0)
+    room_to = room_from + quota - own
+    share = tl.maximum(tl.minimum(demand_to, room_to) - tl.maximum(demand_from, room_from), 0)
+    share += tl.where(host == rank, own, 0)
+
+    physical = host * (M + S) + tl.where(is_slot, M + slot % S, e % M)
+    there = live | is_slot
+    tl.store(shares_p + physical, tl.where(live, share, 0).to(tl.int32), mask=there)
+    if write:
+        tl.store(quota_p + physical, tl.where(live, quota, 0).to(tl.int64), mask=there)
+        tl.store(slot_expert_p + (host - first_rank) * S + slot % S, held, mask=is_slot)
+
+
+@triton.jit
+def finish(
+    counts_p, load_p, before_p, key_p, flag_p, expert_p, tokens_p, slot_expert_p, quota_p, shares_p, rank, E, R,
+    DOMAINS, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, BLOCK: tl.constexpr,
+    PER_DOMAIN: tl.constexpr, ALL_C: tl.constexpr, ALL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`planner.shares.split_quotas` for the best candidate: shares of `rank`, or of all ranks if ALL."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    domain = tl.program_id(0) // PER_DOMAIN
+    q = tl.program_id(0) % PER_DOMAIN * BLOCK + tl.arange(0, BLOCK)
+    if ALL:
+        rank = tl.program_id(1)
+        before_p += rank * E
+        shares_p += rank.to(tl.int64) * (R * (M + S))
+    coarse = tl.load(key_p + domain)
+    fine = tl.load(key_p + DOMAINS + domain)
+    found = coarse != NONE
+    best = tl.where(fine != NONE, FEW + RUNGS * LOW + (fine & 255), coarse & 255)
+    table = (domain * ALL_C + tl.where(found, best, 0)).to(tl.int64) * (D * S)
+    slots = slot_expert_p + domain * D * S
+    write = tl.program_id(1) == 0
+    if tl.load(flag_p + domain) != 0:
+        _shares(q, expert_p + table, tokens_p + table, found, counts_p, load_p, before_p, slots, quota_p, shares_p,
+                domain * D, rank, write, E, R, D, M, S, XP, tl.int32)  # fmt: skip
+    else:
+        _shares(q, expert_p + table, tokens_p + table, found, counts_p, load_p, before_p, slots, quota_p, shares_p,
+                domain * D, rank, write, E, R, D, M, S, XP, tl.int64)  # fmt: skip
+
+
+class DevicePlan(NamedTuple):
+    """What the kernels compute, for R ranks with M masters and S slots each, P = R*(M+S)."""
+
+    slot_expert_RS: Tensor  # int32 [R, S]: logical expert in each slot, -1 = empty
+    quota_P: Tensor  # int64 [P]: tokens of each physical expert
+    shares: Tensor  # int32 [P], what the given rank sends to each; or [R, P], what every rank sends
+
+
+def plan_on_device(
+    counts_RE: Tensor, slots_R: Sequence[int], rank: int | None, domain: int, tolerance: int = TOLERANCE
+) -> DevicePlan:
+    """The plan of `quota` for int32 counts on a CUDA device (or on the CPU in Triton's interpreter).
+
+    Parameters:
+        slots_R: slots of each rank.
+        rank: whose shares to compute; None for those of all ranks.
+        domain: D, ranks d*D..(d+1)*D-1 exchange copies among themselves only; divides R.
+        tolerance: basis points of the mean that the largest load may exceed it by.
+
+    Example: counts [[3, 1], [4, 0]], a slot each, tolerance 0: expert 0 is copied to rank 1, which computes three
+    of its own four tokens: slots [[-1], [0]], quotas [4, 0, 1, 3], shares [[3, 0, 1, 0], [1, 0, 0, 3]].
+    """
+    made, stages = planning_stages(counts_RE, slots_R, rank, domain, tolerance)
+    for launch in stages.values():
+        launch()
+    return made
+
+
+def planning_stages(
+    counts_RE: Tensor, slots_R: Sequence[int], rank: int | None, domain: int, tolerance: int = TOLERANCE
+) -> tuple[DevicePlan, dict[str, Callable[[], object]]]:
+    """Where the plan will be, and the launches that make it, by name and in order."""
+    (ranks, experts), slots, domains = counts_RE.shape, max(slots_R), counts_RE.shape[0] // domain
+    masters, device = experts // ranks, counts_RE.device
+    assert counts_RE.dtype == torch.int32 and counts_RE.is_contiguous() and slots > 0, "checked by make_plan"
+    new, power = counts_RE.new_empty, triton.next_power_of_2
+    physical, tables = ranks * (masters + slots), CANDIDATES + REFINED
+    everyone, row = rank is None, rank or 0
+    made = DevicePlan(
+        new(ranks, slots),
+        new(physical, dtype=torch.int64),
+        new((ranks, physical) if everyone else (physical,)),
+    )
+    load, column = new(experts, dtype=torch.int64), new(experts, ranks)
+    before = new(ranks if everyone else 1, experts, dtype=torch.int64)
+    key, flag = new(2 * domains, dtype=torch.int64), new(domains)
+    slot_expert, slot_tokens = new(tables * ranks * slots), new(tables * ranks * slots, dtype=torch.int64)
+    slots_on_device, methods = _on_device(tuple(slots_R), device), _on_device(_METHODS, device)
+    per_domain = triton.cdiv(domain * (masters + slots), BLOCK)
+    on_gpu = counts_RE.is_cuda
+    overlap = {"launch_pdl": True} if on_gpu else {}  # a kernel's launch overlaps the end of the one before
+
+    def find(refine: bool) -> object:
+        return search[(domains, REFINED if refine else CANDIDATES)](
+            counts_RE, load, column, slots_on_device, methods, key, flag, slot_expert, slot_tokens, tolerance,
+            experts, ranks, domains, domain, masters, slots, max(_bits(domain), 5), _bits(masters), power(slots),
+            tables, refine, on_gpu, num_warps=1, **overlap,
+        )  # fmt: skip
+
+    return made, {
+        "prepare": lambda: prepare[(triton.cdiv(experts, BLOCK),)](
+            counts_RE, load, column, before, key, row, ranks, experts, masters, domains, power(ranks), BLOCK,
+            everyone, on_gpu, num_warps=4, **overlap,
+        ),
+        "search": lambda: find(False),
+        "refine": lambda: find(True),
+        "finish": lambda: finish[(domains * per_domain, ranks if everyone else 1)](
+            counts_RE, load, before, key, flag, slot_expert, slot_tokens, *made, row, experts, ranks, domains, domain,
+            masters, slots, power(domain * slots), BLOCK, per_domain, tables, everyone, on_gpu, num_warps=4, **overlap,
+        ),
+    }  # fmt: skip
+
+
+def _bits(size: int) -> int:
+    """Of the power of two that holds `size` entries."""
+    return (size - 1).bit_length()
+
+
+def _numbers(method: Method) -> tuple[int, ...]:
+    order = ("smallest", "largest", "hottest").index(method.order)
+    return order, method.near, method.near_full, int(method.best_fit), int(method.always_fill)
+
+
+_METHODS = tuple(number for method in (*FEW_COPIES, *LOW_LOAD) for number in _numbers(method))
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A constant table, uploaded once: an upload while a CUDA graph is captured would fail."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

@@ -1,0 +1,57 @@
+"""Problems for the planner's kernels, and the comparison with the planner in plain Python."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.planner.problems import skewed, spread
+from ultraep_compile.codegen.planner_kernels import plan_on_device
+from ultraep_compile.planner import make_plan, quotas
+
+
+class Case(NamedTuple):
+    """What is to be planned."""
+
+    counts_RE: Tensor
+    slots: int | list[int]
+    domain: int | None = None
+    tolerance: float = 0.01
+
+
+def small_cases() -> dict[str, Case]:
+    """Each takes another way through the kernels; few and small, for the interpreter is slow."""
+    hot = torch.zeros(4, 8, dtype=torch.int64)
+    hot[:, 3] = torch.tensor([1000, 1, 0, 70])
+    huge = torch.zeros(4, 4, dtype=torch.int64)
+    huge[:, 0] = 2**29 - 1  # 2^31 - 4 tokens: keys of 64 bits
+    huge[:, 2] = 2**28
+    return {
+        "the example": Case(torch.tensor([[3, 1], [4, 0]]), 1, tolerance=0.0),
+        "no tokens": Case(torch.zeros(4, 8, dtype=torch.int64), 1),
+        "balanced": Case(torch.full((4, 8), 9), 2),
+        "one expert": Case(hot, 1),
+        "huge": Case(huge, 1),
+        "sizes that are no powers of two": Case(skewed(5, 3, 900, 6.0, seed=1), 2),
+        "scarce slots": Case(skewed(3, 8, 60, 2.0, seed=2), 1, tolerance=0.0),  # climbs the ladder and refines
+        "domains": Case(skewed(6, 2, 500, 6.0, seed=3), 1, domain=3),
+        "domains of one": Case(skewed(3, 2, 500, 6.0, seed=3), 1, domain=1),
+        "ranks without slots": Case(skewed(4, 3, 700, 6.0, seed=4), [2, 0, 1, 0]),
+        "an empty rank": Case(spread([50, 40, 3, 2, 0, 0, 1, 1], 4), 2, tolerance=0.0),
+    }
+
+
+def check_plan(case: Case, device: str, ranks: list[int | None]) -> None:
+    """Placement, quotas and shares (of all ranks, or of one) equal the plan in plain Python bit for bit."""
+    counts_RE, number = case.counts_RE, case.counts_RE.shape[0]
+    right = make_plan(counts_RE, case.slots, "quota", case.domain, tolerance=case.tolerance)
+    slots_R = [case.slots] * number if isinstance(case.slots, int) else case.slots
+    on_device = counts_RE.int().contiguous().to(device)
+    for rank in ranks:
+        made = plan_on_device(on_device, slots_R, rank, case.domain or number, round(case.tolerance * 10000))
+        shares = right.shares_RP if rank is None else right.shares_RP[rank]
+        assert torch.equal(made.slot_expert_RS.cpu(), right.slot_expert_RS)
+        assert torch.equal(made.quota_P.cpu(), quotas(right))
+        assert torch.equal(made.shares.cpu(), shares)
