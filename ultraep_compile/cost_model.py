@@ -40,7 +40,7 @@ class Rates:
     """Rows of a tile of the grouped product: an expert's rows are rounded up to it."""
 
     memory_gbs: float = 2758.0
-    """Copies inside a device, read plus written, H100 80GB HBM3, measured."""
+    """Bytes read plus bytes written by a copy inside a device, H100 80GB HBM3, measured."""
 
     dispatch_gbs: float = 206.0
     """Rows between ranks of a domain, each way: NCCL all-to-all over NVLink, two H100s, measured."""
@@ -166,7 +166,7 @@ FORMULAS: dict[str, Expr] = {
     "gemm": N * flops / (gemm_rate * 10**6),
     "exchange": 2
     * row
-    * (stay / memory_rate + Max(out, back) / dispatch_rate + Max(out_far, back_far) / network_rate)
+    * (2 * stay / memory_rate + Max(out, back) / dispatch_rate + Max(out_far, back_far) / network_rate)
     / 10**3,
     "replicate": exposed * expert * Max(sends, got) / (copy_rate * 10**3),
     "reduce": exposed * gradient * Max(sent, got) / (reduce_rate * 10**3),

@@ -46,12 +46,12 @@ def test_time_by_hand():
     loads = Loads.of(example(), ROUND)
     once = evaluate(loads, SMALL, ROUND, dict.fromkeys(cost_model.FORMULAS, 1)).parts
     assert once["gemm"] == pytest.approx(8 * 10**6 / 10**12 * 10**6)
-    assert once["exchange"] == pytest.approx((200 * 3 / 1e9 + 200 * 1 / 0.5e9) * 1e6)
+    assert once["exchange"] == pytest.approx((2 * 200 * 3 / 1e9 + 200 * 1 / 0.5e9) * 1e6)
     assert once["replicate"] == pytest.approx(6000 / 2e9 * 1e6)
     assert once["reduce"] == pytest.approx(4000 / 4e9 * 1e6)
     assert once["plan"] == 5.0
     far = evaluate(Loads.of(example(), ROUND, 1), SMALL, ROUND, {"exchange": 1}).total
-    assert far == pytest.approx((200 * 3 / 1e9 + 200 * 1 / 0.1e9) * 1e6)
+    assert far == pytest.approx((2 * 200 * 3 / 1e9 + 200 * 1 / 0.1e9) * 1e6)
     train = evaluate(loads, SMALL, ROUND, occurrences("train"))
     assert train.total == pytest.approx(
         3 * once["gemm"] + 2 * once["exchange"] + 2 * once["replicate"] + once["reduce"] + 5
