@@ -22,7 +22,7 @@ from ultraep_compile.cli import main
 from ultraep_compile.planner import PLANNERS, loads_before, make_plan
 
 PLAN_KEYS = {
-    "name", "before", "after", "lower_bound", "replicas", "max_ingress", "remote_share", "microseconds",
+    "name", "before", "after", "lower_bound", "replicas", "max_ingress", "max_egress", "remote_share", "microseconds",
 }  # fmt: skip
 
 
