@@ -159,3 +159,16 @@ def test_slower_links_never_make_a_step_faster():
             slower = dataclasses.replace(base, **{field.name: getattr(base, field.name) / 2})
             assert evaluate(loads, layer, slower, occurrences()).total > evaluate(loads, layer, base, occurrences()).total
     assert np.all(Loads.of(make_plan(skewed(8, 4, 3000, 6.0, seed=1), 2), base).rows % base.tile_rows == 0)
+
+
+def test_measured_rates_can_be_loaded(tmp_path, monkeypatch, capsys):
+    from benchmarks import measure_rates
+
+    out = tmp_path / "rates.json"
+    sizes = "--device cpu --width 64 --ffn 32 --rows 240 --megabytes 1 --repetitions 3"
+    monkeypatch.setattr("sys.argv", ["measure_rates", "--out", str(out), *sizes.split()])
+    measure_rates.main()
+    found = Rates.load(out)
+    assert found.dispatch_gbs == Rates().dispatch_gbs  # one process measures no links
+    assert found.gemm_tflops < 50 and found.memory_gbs != Rates().memory_gbs and found.plan_us > 1
+    assert str(out) in capsys.readouterr().out
