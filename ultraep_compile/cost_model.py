@@ -119,12 +119,17 @@ class Layer:
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, int], otherwise: Layer) -> Layer:
-        """From what a recorder knows of a layer (top_k, row_bytes, expert_bytes, flops_per_row); gaps from `otherwise`."""
-        known = {name: int(facts[name]) for name in ("top_k", "row_bytes", "flops_per_row", "expert_bytes") if name in facts}
-        if "expert_bytes" in known:
-            ratio = otherwise.gradient_bytes / otherwise.expert_bytes
-            known["gradient_bytes"] = round(known["expert_bytes"] * ratio)
-        return dataclasses.replace(otherwise, **known)
+        """From what a recorder knows of a layer (top_k, row_bytes, expert_bytes, flops_per_row); gaps from `otherwise`.
+
+        What backward keeps of a row follows from these: the inner width, once for every matrix.
+        """
+        names = ("top_k", "row_bytes", "flops_per_row", "expert_bytes")
+        known = dataclasses.replace(otherwise, **{name: int(facts[name]) for name in names if facts.get(name)})
+        if not facts.get("expert_bytes"):
+            return known
+        value_bytes = 2 * known.expert_bytes / known.flops_per_row  # two FLOPs for every weight
+        kept = value_bytes * known.expert_bytes / known.row_bytes
+        return dataclasses.replace(known, gradient_bytes=known.expert_bytes, kept_bytes=round(kept))
 
 
 def _symbols(names: str) -> list[Symbol]:

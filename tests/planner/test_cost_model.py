@@ -119,8 +119,10 @@ def test_memory_and_traffic():
 
 
 def test_a_recorded_layer():
-    known = Layer.of_facts({"top_k": 2, "expert_bytes": 1000}, SMALL)
-    assert known == dataclasses.replace(SMALL, top_k=2, expert_bytes=1000, gradient_bytes=667)
+    layer = Layer.gated(64, 24, 2, value_bytes=4)
+    facts = {name: getattr(layer, name) for name in ("top_k", "row_bytes", "flops_per_row", "expert_bytes")}
+    assert Layer.of_facts(facts, SMALL) == layer
+    assert Layer.of_facts({"top_k": 2}, SMALL) == dataclasses.replace(SMALL, top_k=2)
 
 
 def test_explain_prints_the_formulas_that_are_evaluated():
