@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import pickle
 import re
@@ -21,7 +22,7 @@ from ultraep_compile.cli import main
 from ultraep_compile.planner import PLANNERS, loads_before, make_plan
 
 PLAN_KEYS = {
-    "name", "before", "after", "lower_bound", "replicas", "max_ingress", "remote_share", "microseconds",
+    "name", "before", "after", "lower_bound", "replicas", "max_ingress", "max_egress", "remote_share", "microseconds",
 }  # fmt: skip
 
 
@@ -115,6 +116,39 @@ def test_plan_as_a_process_prints_json_alone(loads, tmp_path):
     command = [sys.executable, "-m", "ultraep_compile", "plan", "loads.npz", "--redundant-experts", "1", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 2 and done.stderr == ""
+
+
+with_domains = pytest.mark.skipif(
+    "domain" not in inspect.signature(make_plan).parameters, reason="make_plan knows no domains yet"
+)
+
+
+@with_domains
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_copies_stay_in_their_domain(planner, loads, capsys):
+    arguments = ("--redundant-experts", "2", "--planner", planner, "--domain", "4", "--out", "plan.npz", "--json")
+    code, out, _ = run(capsys, "plan", "loads.npz", *arguments)
+    assert code == 0
+    free = json.loads(run(capsys, "plan", "loads.npz", "--redundant-experts", "2", "--json")[1])
+    for row, without in zip(json.loads(out), free, strict=True):
+        assert without["lower_bound"] <= row["lower_bound"] <= row["after"] + 1e-12
+        with np.load("plan.npz") as found:
+            instances, shares = found[f"{row['name']}/instances"], found[f"{row['name']}/shares"]
+        counts = loads[row["name"]]
+        homes = instances[:, 0] // (counts.shape[1] // counts.shape[0])
+        assert np.array_equal(instances[:, 1] // 4, homes // 4)
+        assert np.array_equal(shares.sum(0), instances[:, 2]) and shares.sum() == counts.sum()
+
+
+@with_domains
+def test_replay_within_domains(tmp_path, capsys):
+    arguments = ("W2_hot_rank", "--microbatches", "6", "--planners", "none,eplb@2,lplb,quota,ideal", "--slots", "1")
+    apart, together = (replayed(capsys, *arguments, *more) for more in (("--domain", "2"), ()))
+    assert all(row["network_bytes"] > 0 for row in apart["results"])
+    assert all(row["network_bytes"] == 0 for row in together["results"])
+    quota = [next(r for r in found["results"] if r["planner"] == "quota") for found in (apart, together)]
+    assert quota[0]["after_p50"] > quota[1]["after_p50"] and quota[0]["step_us"] > quota[1]["step_us"]
+    assert apart["lower_bound"]["1"] > together["lower_bound"]["1"]
 
 
 ones = np.ones((4, 8), np.int32)

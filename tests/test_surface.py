@@ -149,6 +149,7 @@ def test_the_tests_that_numerics_names_exist() -> None:
     assert not gone
 
 
-def test_the_examples_of_concepts_are_true() -> None:
-    failed, tried = doctest.testfile(str(ROOT / "docs" / "concepts.md"), module_relative=False)
+@pytest.mark.parametrize("name", ["concepts.md", "planning.md"])
+def test_the_examples_in_documents_are_true(name: str) -> None:
+    failed, tried = doctest.testfile(str(ROOT / "docs" / name), module_relative=False)
     assert tried and not failed

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ultraep_compile.errors import OptionError, nearest
 from ultraep_compile.formulas import LayerCost, layer_cost
-from ultraep_compile.planner.plan import Plan, logical_expert, quotas
+from ultraep_compile.planner.figures import by_home, copies_of
+from ultraep_compile.planner.plan import Plan, quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Rates:
     """Rows of a tile of the grouped product: an expert's rows are rounded up to it."""
 
     memory_gbs: float = 2758.0
-    """Copies inside a device, read plus written, H100 80GB HBM3, measured."""
+    """Bytes read plus bytes written by a copy inside a device, H100 80GB HBM3, measured."""
 
     dispatch_gbs: float = 206.0
     """Rows between ranks of a domain, each way: NCCL all-to-all over NVLink, two H100s, measured."""
@@ -118,12 +119,17 @@ class Layer:
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, int], otherwise: Layer) -> Layer:
-        """From what a recorder knows of a layer (top_k, row_bytes, expert_bytes, flops_per_row); gaps from `otherwise`."""
-        known = {name: int(facts[name]) for name in ("top_k", "row_bytes", "flops_per_row", "expert_bytes") if name in facts}
-        if "expert_bytes" in known:
-            ratio = otherwise.gradient_bytes / otherwise.expert_bytes
-            known["gradient_bytes"] = round(known["expert_bytes"] * ratio)
-        return dataclasses.replace(otherwise, **known)
+        """From what a recorder knows of a layer (top_k, row_bytes, expert_bytes, flops_per_row); gaps from `otherwise`.
+
+        What backward keeps of a row follows from these: the inner width, once for every matrix.
+        """
+        names = ("top_k", "row_bytes", "flops_per_row", "expert_bytes")
+        known = dataclasses.replace(otherwise, **{name: int(facts[name]) for name in names if facts.get(name)})
+        if not facts.get("expert_bytes"):
+            return known
+        value_bytes = 2 * known.expert_bytes / known.flops_per_row  # two FLOPs for every weight
+        kept = value_bytes * known.expert_bytes / known.row_bytes
+        return dataclasses.replace(known, gradient_bytes=known.expert_bytes, kept_bytes=round(kept))
 
 
 def _symbols(names: str) -> list[Symbol]:
@@ -166,7 +172,7 @@ FORMULAS: dict[str, Expr] = {
     "gemm": N * flops / (gemm_rate * 10**6),
     "exchange": 2
     * row
-    * (stay / memory_rate + Max(out, back) / dispatch_rate + Max(out_far, back_far) / network_rate)
+    * (2 * stay / memory_rate + Max(out, back) / dispatch_rate + Max(out_far, back_far) / network_rate)
     / 10**3,
     "replicate": exposed * expert * Max(sends, got) / (copy_rate * 10**3),
     "reduce": exposed * gradient * Max(sent, got) / (reduce_rate * 10**3),
@@ -199,19 +205,13 @@ class Loads:
     @classmethod
     def of(cls, plan: Plan, rates: Rates, domain: int | None = None) -> Loads:
         """Read off a plan; `domain` ranks share the fast links (None: all of them)."""
-        ranks, slots = plan.slot_expert_RS.shape
+        ranks = plan.slot_expert_RS.shape[0]
         quota_RL = quotas(plan).cpu().numpy().reshape(ranks, -1)
         traffic_RR = plan.shares_RP.cpu().numpy().astype(np.int64).reshape(ranks, ranks, -1).sum(-1)
         near_RR = np.equal.outer(*[np.arange(ranks) // (domain or ranks)] * 2)
         far_RR, near_RR = traffic_RR * ~near_RR, traffic_RR * near_RR
         stay_R = traffic_RR.diagonal()
-        width = quota_RL.shape[1]
-        expert_P = logical_expert(plan).cpu().numpy()
-        home_E = np.zeros(ranks * (width - slots), np.int64)
-        master = (np.arange(expert_P.size) % width < width - slots) & (expert_P >= 0)
-        home_E[expert_P[master]] = np.flatnonzero(master) // width
-        held_RS = plan.slot_expert_RS.cpu().numpy()
-        copies_E = np.bincount(held_RS[held_RS >= 0], minlength=home_E.size)
+        copies_E = copies_of(plan)
         sends_E = _function(SENDS)(n=copies_E, relay_from=np.full_like(copies_E, rates.relay_from))
         return cls(
             rows=_function(ROWS)(q=quota_RL, tile=rates.tile_rows).sum(1),
@@ -221,9 +221,9 @@ class Loads:
             back=near_RR.sum(0) - stay_R,
             out_far=far_RR.sum(1),
             back_far=far_RR.sum(0),
-            sends=np.bincount(home_E, sends_E, ranks),
-            copies_out=np.bincount(home_E, copies_E, ranks),
-            copies_in=(held_RS >= 0).sum(1),
+            sends=by_home(plan, sends_E),
+            copies_out=by_home(plan, copies_E),
+            copies_in=(plan.slot_expert_RS >= 0).sum(1).cpu().numpy(),
         )
 
     def numbers(self) -> dict[str, NDArray]:

@@ -46,12 +46,12 @@ def test_time_by_hand():
     loads = Loads.of(example(), ROUND)
     once = evaluate(loads, SMALL, ROUND, dict.fromkeys(cost_model.FORMULAS, 1)).parts
     assert once["gemm"] == pytest.approx(8 * 10**6 / 10**12 * 10**6)
-    assert once["exchange"] == pytest.approx((200 * 3 / 1e9 + 200 * 1 / 0.5e9) * 1e6)
+    assert once["exchange"] == pytest.approx((2 * 200 * 3 / 1e9 + 200 * 1 / 0.5e9) * 1e6)
     assert once["replicate"] == pytest.approx(6000 / 2e9 * 1e6)
     assert once["reduce"] == pytest.approx(4000 / 4e9 * 1e6)
     assert once["plan"] == 5.0
     far = evaluate(Loads.of(example(), ROUND, 1), SMALL, ROUND, {"exchange": 1}).total
-    assert far == pytest.approx((200 * 3 / 1e9 + 200 * 1 / 0.1e9) * 1e6)
+    assert far == pytest.approx((2 * 200 * 3 / 1e9 + 200 * 1 / 0.1e9) * 1e6)
     train = evaluate(loads, SMALL, ROUND, occurrences("train"))
     assert train.total == pytest.approx(
         3 * once["gemm"] + 2 * once["exchange"] + 2 * once["replicate"] + once["reduce"] + 5
@@ -119,8 +119,10 @@ def test_memory_and_traffic():
 
 
 def test_a_recorded_layer():
-    known = Layer.of_facts({"top_k": 2, "expert_bytes": 1000}, SMALL)
-    assert known == dataclasses.replace(SMALL, top_k=2, expert_bytes=1000, gradient_bytes=667)
+    layer = Layer.gated(64, 24, 2, value_bytes=4)
+    facts = {name: getattr(layer, name) for name in ("top_k", "row_bytes", "flops_per_row", "expert_bytes")}
+    assert Layer.of_facts(facts, SMALL) == layer
+    assert Layer.of_facts({"top_k": 2}, SMALL) == dataclasses.replace(SMALL, top_k=2)
 
 
 def test_explain_prints_the_formulas_that_are_evaluated():
@@ -159,3 +161,16 @@ def test_slower_links_never_make_a_step_faster():
             slower = dataclasses.replace(base, **{field.name: getattr(base, field.name) / 2})
             assert evaluate(loads, layer, slower, occurrences()).total > evaluate(loads, layer, base, occurrences()).total
     assert np.all(Loads.of(make_plan(skewed(8, 4, 3000, 6.0, seed=1), 2), base).rows % base.tile_rows == 0)
+
+
+def test_measured_rates_can_be_loaded(tmp_path, monkeypatch, capsys):
+    from benchmarks import measure_rates
+
+    out = tmp_path / "rates.json"
+    sizes = "--device cpu --width 64 --ffn 32 --rows 240 --megabytes 1 --repetitions 3"
+    monkeypatch.setattr("sys.argv", ["measure_rates", "--out", str(out), *sizes.split()])
+    measure_rates.main()
+    found = Rates.load(out)
+    assert found.dispatch_gbs == Rates().dispatch_gbs  # one process measures no links
+    assert found.gemm_tflops < 50 and found.memory_gbs != Rates().memory_gbs and found.plan_us > 1
+    assert str(out) in capsys.readouterr().out

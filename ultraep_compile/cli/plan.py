@@ -96,7 +96,7 @@ def _case(
         raise LoadsError(f"Array {name!r}: {error}") from None
     figures = plan_figures(counts_RE, made) | {"before": imbalance(loads_before(given_RE))}
     row = {"name": name, "before": figures["before"], "after": figures["after"], "lower_bound": bound}
-    row |= {key: figures[key] for key in ("replicas", "max_ingress", "remote_share")}
+    row |= {key: figures[key] for key in ("replicas", "max_ingress", "max_egress", "remote_share")}
     row["microseconds"] = 0.0 if ideal else round(best, 1)
     if exact:
         row["optimum"] = _optimum(counts, slots, domain)
@@ -141,13 +141,13 @@ def _print_table(rows: list[dict[str, Any]], planner: str, slots: int, domain: i
     table = Table(title=f"planner {planner}, {slots} slots a rank{where}; imbalance is max/mean of the ranks' loads")
     table.add_column("loads", no_wrap=True)
     heads = ["before", "after", "no plan below", *(["optimum"] if "optimum" in rows[0] else [])]
-    for head in [*heads, "copies", "into one rank", "leave rank", "µs"]:
+    for head in [*heads, "copies", "into one rank", "from one rank", "rows that leave", "µs"]:
         table.add_column(head, justify="right")
     for row in rows:
         cells = [f"{row['before']:.3f}", f"{row['after']:.4f}", f"{row['lower_bound']:.4f}"]
         if "optimum" in row:
             cells.append("-" if row["optimum"] is None else f"{row['optimum']:.4f}")
-        cells += [str(row["replicas"]), str(row["max_ingress"]), f"{row['remote_share']:.1%}"]
+        cells += [str(row["replicas"]), str(row["max_ingress"]), str(row["max_egress"]), f"{row['remote_share']:.1%}"]
         table.add_row(row["name"], *cells, f"{row['microseconds']:.0f}")
     console = Console()
     if not console.is_terminal:

@@ -143,7 +143,7 @@ def _print(result: Replayed) -> None:
     if not console.is_terminal:
         console.width = 150  # a file or a pipe has no width of its own
     console.print(table)
-    console.print(verdict(result), highlight=False)
+    console.print(verdict(result), highlight=False, soft_wrap=True)
 
 
 def _median(values: Any) -> float:

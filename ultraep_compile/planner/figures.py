@@ -23,14 +23,30 @@ from ultraep_compile.planner.plan import (
 
 
 def plan_figures(counts_RE: Tensor, plan: Plan) -> dict[str, float]:
-    """`before` and `after` (max/mean of the ranks' loads), `replicas`, `max_ingress`, `remote_share`."""
+    """`before` and `after` (max/mean of the ranks' loads), `replicas`, `remote_share`; the most copies that arrive
+    at one rank (`max_ingress`) and that one rank's experts have elsewhere (`max_egress`)."""
     return {
         "before": imbalance(loads_before(counts_RE)),
         "after": imbalance(loads_after(plan)),
         "replicas": replica_count(plan),
         "max_ingress": max_ingress(plan),
+        "max_egress": int(by_home(plan, copies_of(plan)).max()),
         "remote_share": int(remote_tokens(plan).sum()) / max(int(counts_RE.long().sum()), 1),
     }
+
+
+def copies_of(plan: Plan) -> NDArray:
+    """int64 [E]: copies of each expert, its master not counted."""
+    held_RS = plan.slot_expert_RS.cpu().numpy()
+    ranks, slots = held_RS.shape
+    return np.bincount(held_RS[held_RS >= 0], minlength=plan.shares_RP.shape[1] - ranks * slots)
+
+
+def by_home(plan: Plan, values_E: NDArray) -> NDArray:
+    """[R]: the sum of `values_E` over the experts whose master each rank has."""
+    expert_P, (ranks, slots) = logical_expert(plan).cpu().numpy(), plan.slot_expert_RS.shape
+    masters_RM = expert_P.reshape(ranks, -1)[:, : expert_P.size // ranks - slots]
+    return values_E[masters_RM].sum(1)
 
 
 def domain_lower_bound(counts_RE: Tensor, redundant_experts: int, domain: int | None = None) -> float:

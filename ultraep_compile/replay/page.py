@@ -199,7 +199,7 @@ def cells(result: Replayed, one: Outcome) -> list[str]:
         f"{one.imbalance.max():.3f}",
         f"{one.replicas:,.1f}",
         str(one.max_ingress),
-        str(one.max_fan_out),
+        str(one.max_egress),
         f"{one.remote_share:.1%}",
         f"{one.step_us:,.0f}",
         f"{result.none_us / one.step_us:.2f}" if one.step_us else "",

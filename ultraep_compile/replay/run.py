@@ -79,7 +79,7 @@ class Outcome:
     """[microbatches], all layers together, where all have the microbatch."""
     replicas: float
     max_ingress: int
-    max_fan_out: int
+    max_egress: int
     remote_share: float
     domain_bytes: float
     network_bytes: float
@@ -102,7 +102,7 @@ class Outcome:
             **{
                 name: getattr(self, name)
                 for name in (
-                    "replicas", "max_ingress", "max_fan_out", "remote_share", "domain_bytes", "network_bytes",
+                    "replicas", "max_ingress", "max_egress", "remote_share", "domain_bytes", "network_bytes",
                     "copy_bytes", "slot_bytes", "buffer_bytes", "break_even_tokens",
                 )
             },
@@ -239,7 +239,7 @@ def _outcome(
         step_us_N=np.sum([[r.time.total for r in layer[:least]] for layer in layers], 0),
         replicas=whole(lambda r: r.figures["replicas"]),
         max_ingress=int(max(r.figures["max_ingress"] for r in records)),
-        max_fan_out=max(r.fan_out for r in records),
+        max_egress=int(max(r.figures["max_egress"] for r in records)),
         remote_share=float(np.mean([r.figures["remote_share"] for r in records])),
         domain_bytes=whole(lambda r: r.moved["domain_bytes"]),
         network_bytes=whole(lambda r: r.moved["network_bytes"]),
@@ -256,7 +256,6 @@ class _Record(NamedTuple):
     figures: dict[str, float]
     time: StepTime
     moved: dict[str, int]
-    fan_out: int
     solved: bool
     break_even: float | None
 
@@ -276,7 +275,6 @@ def _records(
                 plan_figures(counts_RE, plan),
                 cost_model.evaluate(loads, layer, rates, times),
                 cost_model.traffic(loads, layer),
-                int(loads.copies_out.max()),
                 solved,
                 cost_model.break_even(bare[n], loads, layer, rates, times) if solved else None,
             )
