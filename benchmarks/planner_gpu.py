@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,15 +90,20 @@ def plan_times(counts: np.ndarray, slots: int, stages: bool, tolerance: float = 
 
 
 def warm_up(shapes: list[tuple[int, int]], slots: list[int]) -> None:
-    """Compile all that will be needed, several kernels at a time."""
-    jobs = [(r, e, s, rank) for r, e in shapes for s in slots for rank in (None, r // 3)]
+    """Compile all that will be needed into Triton's cache, several processes at a time."""
+    jobs = [f"{ranks},{experts},{s}" for ranks, experts in shapes for s in slots]
 
-    def job(at: tuple) -> None:
-        ranks, experts, s, rank = at
-        plan_on_device(torch.from_numpy(loads(ranks, experts, 1.0)).cuda(), [s] * ranks, rank, ranks)
+    def job(at: str) -> None:
+        subprocess.run([sys.executable, "-m", "benchmarks.planner_gpu", "--compile", at], check=True)
 
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
         list(pool.map(job, jobs))
+
+
+def compile_for(ranks: int, experts: int, slots: int) -> None:
+    counts_RE = torch.from_numpy(loads(ranks, experts, 1.0)).cuda()
+    for rank in (None, ranks // 3):
+        plan_on_device(counts_RE, [slots] * ranks, rank, ranks)
     torch.cuda.synchronize()
 
 
@@ -176,7 +184,10 @@ def main() -> None:
     parser.add_argument("loads", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", default=["exact", "rows", "counts", "frontier", "scaling"])
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.compile:
+        return compile_for(*map(int, args.compile.split(",")))
     if args.loads:
         with np.load(args.loads, allow_pickle=False) as archive:
             matrices = {name: archive[name].astype(np.int32) for name in archive.files}
