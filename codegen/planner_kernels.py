@@ -39,8 +39,9 @@ RUNGS = tl.constexpr(LADDER)
 WORTH = tl.constexpr(COPY_WORTH)
 CANDIDATES = len(FEW_COPIES) + LADDER * len(LOW_LOAD)
 REFINED = LADDER * len(LOW_LOAD)
-PREFETCHED = tl.constexpr(8)  # more masters a rank than this are not prefetched
-BLOCK = 32  # experts of a program of `prepare`, instances of a program of `finish`
+PREFETCHED = tl.constexpr(256)  # more experts than this are not prefetched
+BLOCK = 16  # experts of a program of `prepare`
+INSTANCES = 8  # of a program of `finish`
 SMALLEST, LARGEST, HOTTEST = (tl.constexpr(i) for i in range(3))
 
 
@@ -49,7 +50,7 @@ def prepare(
     counts_p, load_p, column_p, before_p, key_p, rank, R, E, M: tl.constexpr, DOMAINS: tl.constexpr,
     RP: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of 32 experts: load int64 [M, R], column int32 [E, R], before [E] (or [R, E] if ALL): tokens of lower ranks.
+    """Of BLOCK experts: load int64 [M, R], column int32 [E, R], before [E] (or [R, E] if ALL): tokens of lower ranks.
 
     Example: counts [[3, 1], [4, 0]] give load [[7, 1]], column [[3, 4], [1, 0]] and before [[0, 0], [3, 1]].
     """
@@ -80,25 +81,28 @@ def _rung(good, mean, worst, index):
         excess = tl.maximum(good - mean, 1 + (mean >> 8))
         i = 1
         while i < index:
-            excess += 1 + (excess >> 2)
+            excess = tl.minimum(excess + 1 + (excess >> 2), worst)
             i += 1
         tau = tl.where(index == RUNGS - 1, worst, tl.minimum(mean + excess, worst))
     return tau
 
 
 @triton.jit
-def _try(
-    tau, total, mean, worst, c, class_, method_p, counts_p, load_p, column_p, slots_p, key_p, expert_p, tokens_p,
-    first_rank, E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr,
-    M_BITS: tl.constexpr, SP: tl.constexpr, KEY: tl.constexpr,
+def _find_copies(
+    left, tau, mean, worst, total, c, class_, method_p, counts_p, load_p, column_p, slots_p, key_p, expert_p, tokens_p,
+    first_rank, E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
+    SP: tl.constexpr, EVEN: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    """`planner.search.find_copies` for one method and threshold, with keys of type KEY."""
+    """`planner.search.find_copies` for one method and threshold; keys and loads have type KEY.
+
+    left [MP, GP]: tokens of each expert of each rank. A rank's `room` is tau less its load, negative above tau.
+    """
     GP: tl.constexpr = 1 << G_BITS
     MP: tl.constexpr = 1 << M_BITS
     BIG: tl.constexpr = 2**31 - 1 if KEY == tl.int32 else 2**63 - 1
     order = tl.load(method_p)
-    near = (tau * tl.load(method_p + 1) >> 10).to(KEY)
-    near_full = tl.load(method_p + 2).to(tl.int64)
+    near = ((tau >> 10) * tl.load(method_p + 1) + ((tau & 1023) * tl.load(method_p + 1) >> 10)).to(KEY)
+    near_full = tl.load(method_p + 2)
     best_fit = tl.load(method_p + 3) != 0
     always_fill = tl.load(method_p + 4) != 0
 
@@ -107,81 +111,89 @@ def _try(
     s = tl.arange(0, SP)[:, None]
     lane = g[None, :]
     mine = (lane < D) & (m < M)
-    expert = (first_rank + lane) * M + m
-    left = tl.load(load_p + m * R + first_rank + lane, mask=mine, other=0).to(KEY)  # [MP, GP] still at home
-    load = tl.sum(left, 0)  # [GP]
-    tau = tau.to(KEY)
+    room = tau - tl.sum(left, 0)
     touched = tl.zeros((GP,), tl.int32)
-    if M <= PREFETCHED:  # bring the columns that are likely to be read into the L1 cache, all at once
+    if M * D <= PREFETCHED:  # bring the columns that are likely to be read into the L1 cache, all at once
         for master in tl.static_range(M):
             for sector in tl.static_range(0, D, 8):
                 column = column_p + ((first_rank + g) * M + master) * R + first_rank + sector
-                touched |= tl.load(column, mask=(g < D) & (load > tau), other=0)
-    top_load = worst.to(KEY)
+                touched |= tl.load(column, mask=(g < D) & (room < 0), other=0)
+    own = tl.load(counts_p + (first_rank + lane) * (E + M) + m, mask=mine, other=0).to(KEY)
+    if D < R:  # what comes from other domains is counted at the expert's home
+        own = left
+        for other in range(D):
+            from_other = counts_p + (first_rank + other) * E + (first_rank + lane) * M + m
+            own -= tl.load(from_other, mask=mine & (lane != other), other=0).to(KEY)
     slots = tl.load(slots_p + first_rank + g, mask=g < D, other=0)
-    used = tl.zeros((GP,), tl.int32)
-    slot_expert = tl.full((SP, GP), -1, tl.int32)
-    slot_tokens = tl.zeros((SP, GP), KEY)
+    free = slots
+    # zeros that come from a load have the layout of the loads, so that the loop shuffles nothing between lanes
+    zero = tl.minimum(left, 0)
+    zero = tl.max(zero, 0)[None, :] + tl.zeros((SP, 1), KEY)
+    slot_expert = zero.to(tl.int32) - 1
+    slot_tokens = zero
     copies = 0
-    found = near >= 0
+    may_import = near >= 0  # always: the rank that exports has slots
+    found = may_import
+    wanted = may_import
 
-    hottest = tl.max((left << M_BITS) + (MP - 1 - m), 0)
-    turn = tl.where(order == SMALLEST, load, top_load - tl.where(order == LARGEST, load, hottest >> M_BITS))
-    next_ = tl.min(tl.where(load > tau, (turn << G_BITS) + g, BIG), 0)
-    while found & (next_ != BIG):
+    # whose turn: the least load, the most load, or the hottest expert
+    sign = tl.where(order == SMALLEST, -1, 1)
+    offset = tl.where(order == SMALLEST, 0, tl.where(order == LARGEST, worst - tau, worst))
+    packed = (left << M_BITS) + (MP - 1 - m)
+    hottest = tl.max(packed, 0)
+    turn = offset + tl.where(order == HOTTEST, -(hottest >> M_BITS), sign * room)
+    next_ = tl.min(tl.where(room < 0, (turn << G_BITS) + g, BIG), 0)
+    while found & wanted & (next_ != BIG):
+        best = tl.load(key_p, volatile=True)
         source = g == (next_ & (GP - 1)).to(tl.int32)
-        need = tl.max(tl.where(source, load - tau, 0), 0)
+        need = tl.max(tl.where(source, -room, 0), 0)
         hot = tl.max(tl.where(source, hottest, 0), 0)
-        may_import = tl.max(tl.where(source, slots, 0), 0) > 0
+        if not EVEN:
+            may_import = tl.max(tl.where(source, slots, 0), 0) > 0
         available = hot >> M_BITS
-        at = (MP - 1 - (hot & (MP - 1))).to(tl.int32)
         want = tl.minimum(need, available)
-        which = (first_rank + (next_ & (GP - 1)).to(tl.int32)) * M + at
+        which = (first_rank + (next_ & (GP - 1)).to(tl.int32)) * M + (MP - 1 - (hot & (MP - 1))).to(tl.int32)
         demand = tl.load(column_p + which * R + first_rank + g, mask=g < D, other=0).to(KEY)
 
-        slack = tl.where(used < slots, tl.maximum(tau - load, 0), 0)
-        tight = tl.min(tl.where(slack >= want, slack, BIG), 0)
-        most = tl.max(slack, 0)
-        fits = best_fit & (tight != BIG)
-        low = tl.where(fits, tight, most - (most.to(tl.int64) * near_full >> 10).to(KEY))
-        high = tl.where(fits, tl.minimum(tight, BIG - near) + near, most)
-        rival = (slack > 0) & (slack >= low) & (slack <= high)
+        # the tightest slack that takes all; where there is none, BIG less the largest slack
+        slack = tl.where(free > 0, tl.maximum(room, 0), 0)
+        fit = tl.min(tl.where(slack >= tl.where(best_fit, want, BIG), slack, BIG - slack), 0)
+        fits = fit < BIG // 2
+        most = BIG - fit
+        found = fit != BIG
+        low = most - ((most >> 10) * near_full + ((most & 1023) * near_full >> 10))
+        low = tl.where(fits, fit, tl.maximum(low, 1))
+        high = tl.where(fits, fit + near, BIG)
+        rival = (slack >= low) & (slack <= high)
         chosen = tl.max(tl.where(rival, (demand << G_BITS) + (GP - 1 - g), -1), 0)
-        found = chosen >= 0
-        target = rival & (g == (GP - 1 - (chosen & (GP - 1))).to(tl.int32))
-        fill = (always_fill | (used + 1 == slots)) & may_import
+        target = g == (GP - 1 - (chosen & (GP - 1))).to(tl.int32)
+        fill = (always_fill | (free == 1)) & may_import
         tokens = tl.max(tl.where(target, tl.minimum(tl.where(fill, available, want), slack), 0), 0)
 
-        slot = target[None, :] & (s == used[None, :])
+        slot = target[None, :] & (s == (slots - free)[None, :])
         slot_expert = tl.where(slot, which, slot_expert)
         slot_tokens = tl.where(slot, tokens, slot_tokens)
-        used += target.to(tl.int32)
+        free -= target.to(tl.int32)
         copies += 1
-        load += tl.where(target, tokens, 0) - tl.where(source, tokens, 0)
-        left -= tl.where(source[None, :] & (m == at), tokens, 0)
-        hottest = tl.max((left << M_BITS) + (MP - 1 - m), 0)
-        turn = tl.where(order == SMALLEST, load, top_load - tl.where(order == LARGEST, load, hottest >> M_BITS))
-        next_ = tl.min(tl.where(load > tau, (turn << G_BITS) + g, BIG), 0)
+        room += tl.where(source, tokens, 0) - tl.where(target, tokens, 0)
+        packed -= tl.where(source[None, :] & (packed == hot), tokens << M_BITS, 0)
+        hottest = tl.max(packed, 0)
+        turn = offset + tl.where(order == HOTTEST, -(hottest >> M_BITS), sign * room)
+        next_ = tl.min(tl.where(room < 0, (turn << G_BITS) + g, BIG), 0)
+        wanted = (best >> CLASS_SHIFT) >= class_  # nothing of a lower class was found in the meantime
 
-    if found:
+    if found & (next_ == BIG):
         there = (lane < D) & (s < S)
-        held = slot_expert >= 0
         row = counts_p + (first_rank + lane) * E
-        kept = tl.minimum(slot_tokens, tl.load(row + slot_expert, mask=held, other=0).to(KEY))
-        # what comes from other domains is counted at the expert's home
-        own = tl.load(row + expert, mask=mine, other=0).to(tl.int64)
-        if D < R:
-            own = tl.load(load_p + m * R + first_rank + lane, mask=mine, other=0)
-            for other in range(D):
-                elsewhere = mine & (lane != other)
-                own -= tl.load(counts_p + (first_rank + other) * E + expert, mask=elsewhere, other=0)
-        lost = tl.maximum(own - left.to(tl.int64), 0)
-        local = tl.sum(tl.sum(kept.to(tl.int64), 0), 0) - tl.sum(tl.sum(lost, 0), 0)
+        kept = tl.minimum(slot_tokens, tl.load(row + slot_expert, mask=slot_expert >= 0, other=0).to(KEY))
+        lost = tl.maximum(own - (packed >> M_BITS), 0)
+        local = tl.sum(tl.sum(kept, 0), 0) - tl.sum(tl.sum(lost, 0), 0)
         shift = 0
-        while (total >> (31 + shift)) > 0:
-            shift += 1
-        cost = (mean >> shift) * copies - WORTH * (local >> shift)
-        cost += tl.min((touched >> 31).to(tl.int64), 0)  # zero: uses what was prefetched
+        if KEY == tl.int64:
+            while (total >> (31 + shift)) > 0:
+                shift += 1
+        cost = (mean >> shift).to(tl.int64) * copies - WORTH * (local >> shift).to(tl.int64)
+        cost += tl.min(touched >> 31, 0)  # zero: uses what was prefetched
         table = c * (D * S) + lane * S + s
         tl.store(expert_p + table, slot_expert, mask=there)
         tl.store(tokens_p + table, slot_tokens.to(tl.int64), mask=there)
@@ -190,10 +202,43 @@ def _try(
 
 
 @triton.jit
+def _candidate(
+    left, c, reached, counts_p, load_p, column_p, slots_p, methods_p, key_p, expert_p, tokens_p, tolerance, first_rank,
+    E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
+    SP: tl.constexpr, EVEN: tl.constexpr, REFINE: tl.constexpr, KEY: tl.constexpr,
+):  # fmt: skip
+    """The threshold and the method of candidate c, and its search."""
+    left = left.to(KEY)
+    load = tl.sum(left, 0)
+    total = tl.sum(load, 0)
+    worst = tl.max(load, 0)
+    mean = (total + D - 1) // D
+    # total * (10000 + tolerance) // (10000 * D), without passing 2^63
+    UNIT: tl.constexpr = 10000 * D
+    whole = total.to(tl.int64)
+    good = whole // UNIT * (10000 + tolerance) + whole % UNIT * (10000 + tolerance) // UNIT
+    good = tl.maximum(mean, good.to(KEY))
+    if worst > good:
+        if REFINE:
+            class_ = c // LOW
+            method = FEW + c % LOW
+            below = _rung(good, mean, worst, reached - 2)
+            step = (_rung(good, mean, worst, reached - 1) - below).to(tl.int64)
+            tau = below + (step * (class_ + 1) // (RUNGS + 1)).to(KEY)
+        else:
+            class_ = tl.where(c < FEW, 0, (c - FEW) // LOW + 1)
+            method = tl.where(c < FEW, c, FEW + (c - FEW) % LOW)
+            tau = _rung(good, mean, worst, tl.maximum(class_ - 1, 0))
+        _find_copies(left, tau, mean, worst, total, c, class_, methods_p + method * 5, counts_p, load_p, column_p,
+                     slots_p, key_p, expert_p, tokens_p, first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, EVEN,
+                     KEY)  # fmt: skip
+
+
+@triton.jit
 def search(
     counts_p, load_p, column_p, slots_p, methods_p, key_p, flag_p, expert_p, tokens_p, tolerance, E, R, DOMAINS,
     D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr, SP: tl.constexpr,
-    ALL_C: tl.constexpr, REFINE: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, ALL_C: tl.constexpr, REFINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One candidate of one domain.
 
@@ -201,61 +246,38 @@ def search(
     """
     GP: tl.constexpr = 1 << G_BITS
     MP: tl.constexpr = 1 << M_BITS
+    MOST: tl.constexpr = 2**30 // (GP if GP > MP else MP)  # keys of 32 bits hold loads below this
     domain = tl.program_id(0)
     c = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     first_rank = domain * D
-    go = True
-    rung = tl.where(c < FEW, 0, (c - FEW) // LOW)
-    class_ = tl.where(c < FEW, 0, rung + 1)
-    method = tl.where(c < FEW, c, FEW + (c - FEW) % LOW)
-    step = 0
+    keys = key_p + domain
+    table = domain.to(tl.int64) * ALL_C
+    reached = 0
+    go = c >= 0
     if REFINE:
-        first = tl.load(key_p + domain)
+        first = tl.load(keys)
         reached = (first >> CLASS_SHIFT).to(tl.int32)
         go = (first != NONE) & (reached > 1)
-        rung = tl.where(go, reached - 1, 0)
-        step = c // LOW
-        class_ = step
-        method = FEW + c % LOW
+        keys += DOMAINS
+        table += FEW + RUNGS * LOW
     if go:
         g = tl.arange(0, GP)[None, :]
         m = tl.arange(0, MP)[:, None]
         left = tl.load(load_p + m * R + first_rank + g, mask=(g < D) & (m < M), other=0)
-        load = tl.sum(left, 0)
-        total = tl.sum(load, 0)
-        worst = tl.max(load, 0)
-        mean = (total + D - 1) // D
-        # total * (10000 + tolerance) // (10000 * D), without passing 2^63
-        unit = 10000 * D
-        good = total // unit * (10000 + tolerance) + total % unit * (10000 + tolerance) // unit
-        good = tl.maximum(mean, good)
-        LIMIT: tl.constexpr = 2**31 // (GP if GP > MP else MP) - 1
-        narrow = worst < LIMIT
+        narrow = tl.max(tl.sum(tl.minimum(left, MOST).to(tl.int32), 0), 0) < MOST
         if c == 0:
             tl.store(flag_p + domain, narrow.to(tl.int32))
-        any_slot = tl.max(tl.load(slots_p + first_rank + tl.arange(0, GP), mask=tl.arange(0, GP) < D, other=0), 0) > 0
-        if (worst > good) & any_slot:
-            tau = _rung(good, mean, worst, rung)
-            if REFINE:
-                below = _rung(good, mean, worst, rung - 1)
-                tau = below + (tau - below) * (step + 1) // (RUNGS + 1)
-            table = domain.to(tl.int64) * ALL_C
-            keys = key_p + domain
-            if REFINE:
-                table += FEW + RUNGS * LOW
-                keys += DOMAINS
-            e_p = expert_p + table * (D * S)
-            t_p = tokens_p + table * (D * S)
-            row = methods_p + method * 5
-            if narrow:
-                _try(tau, total, mean, worst, c, class_, row, counts_p, load_p, column_p, slots_p, keys, e_p, t_p,
-                     first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, tl.int32)  # fmt: skip
-            else:
-                _try(tau, total, mean, worst, c, class_, row, counts_p, load_p, column_p, slots_p, keys, e_p, t_p,
-                     first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, tl.int64)  # fmt: skip
+        e_p = expert_p + table * (D * S)
+        t_p = tokens_p + table * (D * S)
+        if narrow:
+            _candidate(left, c, reached, counts_p, load_p, column_p, slots_p, methods_p, keys, e_p, t_p, tolerance,
+                       first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int32)  # fmt: skip
+        else:
+            _candidate(left, c, reached, counts_p, load_p, column_p, slots_p, methods_p, keys, e_p, t_p, tolerance,
+                       first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int64)  # fmt: skip
 
 
 @triton.jit
@@ -268,7 +290,7 @@ def _shares(
     q, slot_p, sent_p, found, counts_p, load_p, before_p, slot_expert_p, quota_p, shares_p, first_rank, rank, write,
     E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
-    """Quota and share of 32 instances q of a domain: masters 0..D*M-1, then slots; INT holds every sum."""
+    """Quota and share of instances q of a domain: masters 0..D*M-1, then slots; INT holds every sum."""
     X: tl.constexpr = D * S
     j = tl.arange(0, XP)
     e_j = tl.load(slot_p + j, mask=(j < X) & found, other=-1)
@@ -404,7 +426,7 @@ def planning_stages(
     key, flag = new(2 * domains, dtype=torch.int64), new(domains)
     slot_expert, slot_tokens = new(tables * ranks * slots), new(tables * ranks * slots, dtype=torch.int64)
     slots_on_device, methods = _on_device(tuple(slots_R), device), _on_device(_METHODS, device)
-    per_domain = triton.cdiv(domain * (masters + slots), BLOCK)
+    per_domain = triton.cdiv(domain * (masters + slots), INSTANCES)
     on_gpu = counts_RE.is_cuda
     overlap = {"launch_pdl": True} if on_gpu else {}  # a kernel's launch overlaps the end of the one before
 
@@ -412,7 +434,7 @@ def planning_stages(
         return search[(domains, REFINED if refine else CANDIDATES)](
             counts_RE, load, column, slots_on_device, methods, key, flag, slot_expert, slot_tokens, tolerance,
             experts, ranks, domains, domain, masters, slots, max(_bits(domain), 5), _bits(masters), power(slots),
-            tables, refine, on_gpu, num_warps=1, **overlap,
+            len(set(slots_R)) == 1, tables, refine, on_gpu, num_warps=1, **overlap,
         )  # fmt: skip
 
     return made, {
@@ -424,7 +446,7 @@ def planning_stages(
         "refine": lambda: find(True),
         "finish": lambda: finish[(domains * per_domain, ranks if everyone else 1)](
             counts_RE, load, before, key, flag, slot_expert, slot_tokens, *made, row, experts, ranks, domains, domain,
-            masters, slots, power(domain * slots), BLOCK, per_domain, tables, everyone, on_gpu, num_warps=4, **overlap,
+            masters, slots, power(domain * slots), INSTANCES, per_domain, tables, everyone, on_gpu, num_warps=4, **overlap,
         ),
     }  # fmt: skip
 
