@@ -12,7 +12,7 @@ In `search` a rank is a lane (GP lanes, ranks first), the experts of a rank lie 
 choice is the minimum or maximum of a packed key, value * GP + lane: one instruction over a warp where keys have
 32 bits. Loads whose keys do not fit are planned with 64 bits by the second branch of the same kernel.
 
-Candidate c of a domain writes slot tables [C, D*S] and offers its key, class | cost | c, to an atomic minimum:
+Candidate c of a domain writes table c of [C, D*S] and offers its key, class | cost | c, to an atomic minimum:
 class 0 is the good enough threshold, class 1 + i the i-th of the ladder.
 """
 
@@ -31,6 +31,8 @@ from ultraep_compile.planner.quota import COPY_WORTH, FEW_COPIES, LADDER, LOW_LO
 from ultraep_compile.planner.search import Method
 
 NONE = tl.constexpr(2**63 - 1)  # the key where no candidate was found
+EXPERT_SHIFT = tl.constexpr(40)  # a slot's entry = expert << 40 | tokens, -1 where it is empty
+TOKENS_MASK = tl.constexpr(2**40 - 1)
 CLASS_SHIFT = tl.constexpr(51)  # key = class << 51 | (cost + 2^42) << 8 | candidate
 COST_BIAS = tl.constexpr(2**42)
 FEW = tl.constexpr(len(FEW_COPIES))
@@ -42,17 +44,18 @@ REFINED = LADDER * len(LOW_LOAD)
 PREFETCHED = tl.constexpr(256)  # more experts than this are not prefetched
 BLOCK = 16  # experts of a program of `prepare`
 INSTANCES = 8  # of a program of `finish`
-SMALLEST, LARGEST, HOTTEST = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
 def prepare(
-    counts_p, load_p, column_p, before_p, key_p, rank, R, E, M: tl.constexpr, DOMAINS: tl.constexpr,
-    RP: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr, PDL: tl.constexpr,
+    counts_p, load_p, own_p, column_p, before_p, key_p, rank, R, E, D: tl.constexpr, M: tl.constexpr,
+    DOMAINS: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK experts: load int64 [M, R], column int32 [E, R], before [E] (or [R, E] if ALL): tokens of lower ranks.
+    """Of BLOCK experts, in int64: load [M, R], own [M, R]: tokens that their home or other domains have for them,
+    before [E] (or [R, E] if ALL): tokens of lower ranks; and column int32 [E, R].
 
-    Example: counts [[3, 1], [4, 0]] give load [[7, 1]], column [[3, 4], [1, 0]] and before [[0, 0], [3, 1]].
+    Example: counts [[3, 1], [4, 0]] give load [[7, 1]], own [[3, 0]], column [[3, 4], [1, 0]] and
+    before [[0, 0], [3, 1]].
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -62,7 +65,11 @@ def prepare(
     inside = (r[:, None] < R) & (e[None, :] < E)
     n = tl.load(counts_p + r[:, None] * E + e[None, :], mask=inside, other=0)
     wide = n.to(tl.int64)
-    tl.store(load_p + e % M * R + e // M, tl.sum(wide, 0), mask=e < E)
+    load = tl.sum(wide, 0)
+    home = (e // M)[None, :]
+    elsewhere = (r[:, None] // D == home // D) & (r[:, None] != home)
+    tl.store(load_p + e % M * R + e // M, load, mask=e < E)
+    tl.store(own_p + e % M * R + e // M, load - tl.sum(tl.where(elsewhere, wide, 0), 0), mask=e < E)
     tl.store(column_p + e[None, :] * R + r[:, None], n, mask=inside)
     if ALL:
         tl.store(before_p + r[:, None] * E + e[None, :], tl.cumsum(wide, 0) - wide, mask=inside)
@@ -89,28 +96,31 @@ def _rung(good, mean, worst, index):
 
 @triton.jit
 def _find_copies(
-    left, tau, mean, worst, total, c, class_, method_p, counts_p, load_p, column_p, slots_p, key_p, expert_p, tokens_p,
-    first_rank, E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
-    SP: tl.constexpr, EVEN: tl.constexpr, KEY: tl.constexpr,
+    left, tau, mean, worst, total, c, class_, method_p, own_p, column_p, slots_p, key_p, table_p,
+    first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
+    SP: tl.constexpr, EVEN: tl.constexpr, FILL: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """`planner.search.find_copies` for one method and threshold; keys and loads have type KEY.
 
     left [MP, GP]: tokens of each expert of each rank. A rank's `room` is tau less its load, negative above tau.
+    FILL: one of LOW_LOAD (hottest first, every copy fills its target up), else one of FEW_COPIES.
     """
     GP: tl.constexpr = 1 << G_BITS
     MP: tl.constexpr = 1 << M_BITS
     BIG: tl.constexpr = 2**31 - 1 if KEY == tl.int32 else 2**63 - 1
-    order = tl.load(method_p)
-    near = ((tau >> 10) * tl.load(method_p + 1) + ((tau & 1023) * tl.load(method_p + 1) >> 10)).to(KEY)
+    sign = tl.load(method_p)  # -1: the least load first, 1: the most load first
     near_full = tl.load(method_p + 2)
+    near = ((tau >> 10) * tl.load(method_p + 1) + ((tau & 1023) * tl.load(method_p + 1) >> 10)).to(KEY)
     best_fit = tl.load(method_p + 3) != 0
-    always_fill = tl.load(method_p + 4) != 0
 
     g = tl.arange(0, GP)
     m = tl.arange(0, MP)[:, None]
     s = tl.arange(0, SP)[:, None]
     lane = g[None, :]
     mine = (lane < D) & (m < M)
+    table = table_p + c * (D * S)
+    tl.store(table + lane * S + s, tl.full((SP, GP), -1, tl.int64), mask=(lane < D) & (s < S))
+    tl.debug_barrier()  # other lanes may write there
     room = tau - tl.sum(left, 0)
     touched = tl.zeros((GP,), tl.int32)
     if M * D <= PREFETCHED:  # bring the columns that are likely to be read into the L1 cache, all at once
@@ -118,33 +128,21 @@ def _find_copies(
             for sector in tl.static_range(0, D, 8):
                 column = column_p + ((first_rank + g) * M + master) * R + first_rank + sector
                 touched |= tl.load(column, mask=(g < D) & (room < 0), other=0)
-    own = tl.load(counts_p + (first_rank + lane) * (E + M) + m, mask=mine, other=0).to(KEY)
-    if D < R:  # what comes from other domains is counted at the expert's home
-        own = left
-        for other in range(D):
-            from_other = counts_p + (first_rank + other) * E + (first_rank + lane) * M + m
-            own -= tl.load(from_other, mask=mine & (lane != other), other=0).to(KEY)
-    slots = tl.load(slots_p + first_rank + g, mask=g < D, other=0)
-    free = slots
-    # zeros that come from a load have the layout of the loads, so that the loop shuffles nothing between lanes
-    zero = tl.minimum(left, 0)
-    zero = tl.max(zero, 0)[None, :] + tl.zeros((SP, 1), KEY)
-    slot_expert = zero.to(tl.int32) - 1
-    slot_tokens = zero
+    own = tl.load(own_p + m * R + first_rank + lane, mask=mine, other=0).to(KEY)
+    free = tl.load(slots_p + first_rank + g, mask=g < D, other=0)
+    slots = free
+    kept = near * 0
     copies = 0
     may_import = near >= 0  # always: the rank that exports has slots
     found = may_import
     wanted = may_import
 
-    # whose turn: the least load, the most load, or the hottest expert
-    sign = tl.where(order == SMALLEST, -1, 1)
-    offset = tl.where(order == SMALLEST, 0, tl.where(order == LARGEST, worst - tau, worst))
     packed = (left << M_BITS) + (MP - 1 - m)
     hottest = tl.max(packed, 0)
-    turn = offset + tl.where(order == HOTTEST, -(hottest >> M_BITS), sign * room)
+    last = tl.where(sign < 0, 0, worst - tau)
+    turn = worst - (hottest >> M_BITS) if FILL else last + sign * room
     next_ = tl.min(tl.where(room < 0, (turn << G_BITS) + g, BIG), 0)
     while found & wanted & (next_ != BIG):
-        best = tl.load(key_p, volatile=True)
         source = g == (next_ & (GP - 1)).to(tl.int32)
         need = tl.max(tl.where(source, -room, 0), 0)
         hot = tl.max(tl.where(source, hottest, 0), 0)
@@ -157,7 +155,8 @@ def _find_copies(
 
         # the tightest slack that takes all; where there is none, BIG less the largest slack
         slack = tl.where(free > 0, tl.maximum(room, 0), 0)
-        fit = tl.min(tl.where(slack >= tl.where(best_fit, want, BIG), slack, BIG - slack), 0)
+        enough = tl.where(best_fit, want, BIG)
+        fit = tl.min(tl.where(slack >= enough, slack, BIG - slack), 0)
         fits = fit < BIG // 2
         most = BIG - fit
         found = fit != BIG
@@ -166,45 +165,41 @@ def _find_copies(
         high = tl.where(fits, fit + near, BIG)
         rival = (slack >= low) & (slack <= high)
         chosen = tl.max(tl.where(rival, (demand << G_BITS) + (GP - 1 - g), -1), 0)
-        target = g == (GP - 1 - (chosen & (GP - 1))).to(tl.int32)
-        fill = (always_fill | (free == 1)) & may_import
+        at = (GP - 1 - (chosen & (GP - 1))).to(tl.int32)
+        target = g == at
+        fill = may_import if FILL else (free == 1) & may_import
         tokens = tl.max(tl.where(target, tl.minimum(tl.where(fill, available, want), slack), 0), 0)
 
-        slot = target[None, :] & (s == (slots - free)[None, :])
-        slot_expert = tl.where(slot, which, slot_expert)
-        slot_tokens = tl.where(slot, tokens, slot_tokens)
+        slot = tl.max(tl.where(target, slots - free, 0), 0)
+        tl.store(table + at * S + slot, (which.to(tl.int64) << EXPERT_SHIFT) + tokens, mask=found)
         free -= target.to(tl.int32)
         copies += 1
+        kept += tl.minimum(tokens, chosen >> G_BITS)
         room += tl.where(source, tokens, 0) - tl.where(target, tokens, 0)
         packed -= tl.where(source[None, :] & (packed == hot), tokens << M_BITS, 0)
         hottest = tl.max(packed, 0)
-        turn = offset + tl.where(order == HOTTEST, -(hottest >> M_BITS), sign * room)
+        turn = worst - (hottest >> M_BITS) if FILL else last + sign * room
         next_ = tl.min(tl.where(room < 0, (turn << G_BITS) + g, BIG), 0)
-        wanted = (best >> CLASS_SHIFT) >= class_  # nothing of a lower class was found in the meantime
+        if FILL:  # until something of a lower class is found
+            wanted = (tl.load(key_p, volatile=True) >> CLASS_SHIFT) >= class_
 
     if found & (next_ == BIG):
-        there = (lane < D) & (s < S)
-        row = counts_p + (first_rank + lane) * E
-        kept = tl.minimum(slot_tokens, tl.load(row + slot_expert, mask=slot_expert >= 0, other=0).to(KEY))
         lost = tl.maximum(own - (packed >> M_BITS), 0)
-        local = tl.sum(tl.sum(kept, 0), 0) - tl.sum(tl.sum(lost, 0), 0)
+        local = kept - tl.sum(tl.sum(lost, 0), 0)
         shift = 0
         if KEY == tl.int64:
             while (total >> (31 + shift)) > 0:
                 shift += 1
         cost = (mean >> shift).to(tl.int64) * copies - WORTH * (local >> shift).to(tl.int64)
         cost += tl.min(touched >> 31, 0)  # zero: uses what was prefetched
-        table = c * (D * S) + lane * S + s
-        tl.store(expert_p + table, slot_expert, mask=there)
-        tl.store(tokens_p + table, slot_tokens.to(tl.int64), mask=there)
         key = (class_.to(tl.int64) << CLASS_SHIFT) + ((cost + COST_BIAS) << 8) + c
         tl.atomic_min(key_p, key, sem="relaxed")
 
 
 @triton.jit
 def _candidate(
-    left, c, reached, counts_p, load_p, column_p, slots_p, methods_p, key_p, expert_p, tokens_p, tolerance, first_rank,
-    E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
+    left, c, reached, own_p, column_p, slots_p, methods_p, key_p, table_p, tolerance, first_rank, R,
+    D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
     SP: tl.constexpr, EVEN: tl.constexpr, REFINE: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """The threshold and the method of candidate c, and its search."""
@@ -229,14 +224,18 @@ def _candidate(
             class_ = tl.where(c < FEW, 0, (c - FEW) // LOW + 1)
             method = tl.where(c < FEW, c, FEW + (c - FEW) % LOW)
             tau = _rung(good, mean, worst, tl.maximum(class_ - 1, 0))
-        _find_copies(left, tau, mean, worst, total, c, class_, methods_p + method * 5, counts_p, load_p, column_p,
-                     slots_p, key_p, expert_p, tokens_p, first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, EVEN,
-                     KEY)  # fmt: skip
+        row = methods_p + method * 4
+        if method >= FEW:
+            _find_copies(left, tau, mean, worst, total, c, class_, row, own_p, column_p, slots_p, key_p, table_p,
+                         first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, True, KEY)  # fmt: skip
+        else:
+            _find_copies(left, tau, mean, worst, total, c, class_, row, own_p, column_p, slots_p, key_p, table_p,
+                         first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, False, KEY)  # fmt: skip
 
 
 @triton.jit
 def search(
-    counts_p, load_p, column_p, slots_p, methods_p, key_p, flag_p, expert_p, tokens_p, tolerance, E, R, DOMAINS,
+    own_p, load_p, column_p, slots_p, methods_p, key_p, flag_p, table_p, tolerance, R, DOMAINS,
     D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr, SP: tl.constexpr,
     EVEN: tl.constexpr, ALL_C: tl.constexpr, REFINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -270,14 +269,13 @@ def search(
         narrow = tl.max(tl.sum(tl.minimum(left, MOST).to(tl.int32), 0), 0) < MOST
         if c == 0:
             tl.store(flag_p + domain, narrow.to(tl.int32))
-        e_p = expert_p + table * (D * S)
-        t_p = tokens_p + table * (D * S)
+        tables = table_p + table * (D * S)
         if narrow:
-            _candidate(left, c, reached, counts_p, load_p, column_p, slots_p, methods_p, keys, e_p, t_p, tolerance,
-                       first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int32)  # fmt: skip
+            _candidate(left, c, reached, own_p, column_p, slots_p, methods_p, keys, tables, tolerance, first_rank,
+                       R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int32)  # fmt: skip
         else:
-            _candidate(left, c, reached, counts_p, load_p, column_p, slots_p, methods_p, keys, e_p, t_p, tolerance,
-                       first_rank, E, R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int64)  # fmt: skip
+            _candidate(left, c, reached, own_p, column_p, slots_p, methods_p, keys, tables, tolerance, first_rank,
+                       R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int64)  # fmt: skip
 
 
 @triton.jit
@@ -287,22 +285,24 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 @triton.jit
 def _shares(
-    q, slot_p, sent_p, found, counts_p, load_p, before_p, slot_expert_p, quota_p, shares_p, first_rank, rank, write,
-    E, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, INT: tl.constexpr,
+    q, table_p, found, counts_p, load_p, before_p, slot_expert_p, quota_p, shares_p, first_rank, rank, write, E, R,
+    D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     """Quota and share of instances q of a domain: masters 0..D*M-1, then slots; INT holds every sum."""
     X: tl.constexpr = D * S
     j = tl.arange(0, XP)
-    e_j = tl.load(slot_p + j, mask=(j < X) & found, other=-1)
-    q_j = tl.load(sent_p + j, mask=(j < X) & found, other=0).to(INT)
+    entry_j = tl.load(table_p + j, mask=(j < X) & found, other=-1)
+    e_j = (entry_j >> EXPERT_SHIFT).to(tl.int32)
+    q_j = tl.where(e_j >= 0, entry_j & TOKENS_MASK, 0).to(INT)
     host_j = first_rank + j // S
     f_j = tl.minimum(tl.load(counts_p + host_j * E + e_j, mask=e_j >= 0, other=0).to(INT), q_j)  # served at home
 
     slot = q - D * M
     is_slot = (slot >= 0) & (slot < X)
     slot = tl.where(is_slot, slot, 0)
-    held = tl.load(slot_p + slot, mask=is_slot & found, other=-1)
-    tokens = tl.load(sent_p + slot, mask=is_slot & found, other=0).to(INT)
+    entry = tl.load(table_p + slot, mask=is_slot & found, other=-1)
+    held = (entry >> EXPERT_SHIFT).to(tl.int32)
+    tokens = tl.where(held >= 0, entry & TOKENS_MASK, 0).to(INT)
     e = tl.where(q < D * M, first_rank * M + q, held)
     live = e >= 0
     home = e // M
@@ -349,8 +349,8 @@ def _shares(
 
 @triton.jit
 def finish(
-    counts_p, load_p, before_p, key_p, flag_p, expert_p, tokens_p, slot_expert_p, quota_p, shares_p, rank, E, R,
-    DOMAINS, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, BLOCK: tl.constexpr,
+    counts_p, load_p, before_p, key_p, flag_p, table_p, slot_expert_p, quota_p, shares_p, rank, E, R, DOMAINS,
+    D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, XP: tl.constexpr, BLOCK: tl.constexpr,
     PER_DOMAIN: tl.constexpr, ALL_C: tl.constexpr, ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`planner.shares.split_quotas` for the best candidate: shares of `rank`, or of all ranks if ALL."""
@@ -367,15 +367,15 @@ def finish(
     fine = tl.load(key_p + DOMAINS + domain)
     found = coarse != NONE
     best = tl.where(fine != NONE, FEW + RUNGS * LOW + (fine & 255), coarse & 255)
-    table = (domain * ALL_C + tl.where(found, best, 0)).to(tl.int64) * (D * S)
+    table = table_p + (domain * ALL_C + tl.where(found, best, 0)).to(tl.int64) * (D * S)
     slots = slot_expert_p + domain * D * S
     write = tl.program_id(1) == 0
     if tl.load(flag_p + domain) != 0:
-        _shares(q, expert_p + table, tokens_p + table, found, counts_p, load_p, before_p, slots, quota_p, shares_p,
-                domain * D, rank, write, E, R, D, M, S, XP, tl.int32)  # fmt: skip
+        _shares(q, table, found, counts_p, load_p, before_p, slots, quota_p, shares_p, domain * D,
+                rank, write, E, R, D, M, S, XP, tl.int32)  # fmt: skip
     else:
-        _shares(q, expert_p + table, tokens_p + table, found, counts_p, load_p, before_p, slots, quota_p, shares_p,
-                domain * D, rank, write, E, R, D, M, S, XP, tl.int64)  # fmt: skip
+        _shares(q, table, found, counts_p, load_p, before_p, slots, quota_p, shares_p, domain * D,
+                rank, write, E, R, D, M, S, XP, tl.int64)  # fmt: skip
 
 
 class DevicePlan(NamedTuple):
@@ -421,10 +421,10 @@ def planning_stages(
         new(physical, dtype=torch.int64),
         new((ranks, physical) if everyone else (physical,)),
     )
-    load, column = new(experts, dtype=torch.int64), new(experts, ranks)
+    load, own, column = new(experts, dtype=torch.int64), new(experts, dtype=torch.int64), new(experts, ranks)
     before = new(ranks if everyone else 1, experts, dtype=torch.int64)
     key, flag = new(2 * domains, dtype=torch.int64), new(domains)
-    slot_expert, slot_tokens = new(tables * ranks * slots), new(tables * ranks * slots, dtype=torch.int64)
+    table = new(tables * ranks * slots, dtype=torch.int64)
     slots_on_device, methods = _on_device(tuple(slots_R), device), _on_device(_METHODS, device)
     per_domain = triton.cdiv(domain * (masters + slots), INSTANCES)
     on_gpu = counts_RE.is_cuda
@@ -432,20 +432,20 @@ def planning_stages(
 
     def find(refine: bool) -> object:
         return search[(domains, REFINED if refine else CANDIDATES)](
-            counts_RE, load, column, slots_on_device, methods, key, flag, slot_expert, slot_tokens, tolerance,
-            experts, ranks, domains, domain, masters, slots, max(_bits(domain), 5), _bits(masters), power(slots),
+            own, load, column, slots_on_device, methods, key, flag, table, tolerance, ranks,
+            domains, domain, masters, slots, max(_bits(domain), 5), _bits(masters), power(slots),
             len(set(slots_R)) == 1, tables, refine, on_gpu, num_warps=1, **overlap,
         )  # fmt: skip
 
     return made, {
         "prepare": lambda: prepare[(triton.cdiv(experts, BLOCK),)](
-            counts_RE, load, column, before, key, row, ranks, experts, masters, domains, power(ranks), BLOCK,
+            counts_RE, load, own, column, before, key, row, ranks, experts, domain, masters, domains, power(ranks), BLOCK,
             everyone, on_gpu, num_warps=4, **overlap,
         ),
         "search": lambda: find(False),
         "refine": lambda: find(True),
         "finish": lambda: finish[(domains * per_domain, ranks if everyone else 1)](
-            counts_RE, load, before, key, flag, slot_expert, slot_tokens, *made, row, experts, ranks, domains, domain,
+            counts_RE, load, before, key, flag, table, *made, row, experts, ranks, domains, domain,
             masters, slots, power(domain * slots), INSTANCES, per_domain, tables, everyone, on_gpu, num_warps=4, **overlap,
         ),
     }  # fmt: skip
@@ -457,11 +457,13 @@ def _bits(size: int) -> int:
 
 
 def _numbers(method: Method) -> tuple[int, ...]:
-    order = ("smallest", "largest", "hottest").index(method.order)
-    return order, method.near, method.near_full, int(method.best_fit), int(method.always_fill)
+    return 1 if method.order == "largest" else -1, method.near, method.near_full, int(method.best_fit)
 
 
 _METHODS = tuple(number for method in (*FEW_COPIES, *LOW_LOAD) for number in _numbers(method))
+# what the kernels take for granted of the methods, so that their loops are short
+assert not any(m.always_fill or m.order == "hottest" for m in FEW_COPIES)
+assert all(m.always_fill and m.order == "hottest" for m in LOW_LOAD)
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from ultraep_compile.codegen import count_kernels, planner_kernels
 
-INT64 = {"load_p", "before_p", "key_p", "tokens_p", "quota_p", "ids_p"}
+INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "quota_p", "ids_p"}
 NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "n"}
 
 
@@ -38,10 +38,10 @@ def main(capability: int) -> None:
             planner_kernels.search, capability, 1, **sizes, G_BITS=6, M_BITS=2, SP=2, EVEN=True, REFINE=refine
         )
         # one instruction over the warp for every choice, nothing through shared memory
-        assert asm["ptx"].count("redux.sync") >= 7 and "bar.sync" not in asm["ptx"] and asm["cubin"]
+        assert asm["ptx"].count("redux.sync") >= 7 and "st.shared" not in asm["ptx"] and asm["cubin"]
     for everyone in (False, True):
         common = {"ALL": everyone, "PDL": True, "BLOCK": 16}
-        compiled(planner_kernels.prepare, capability, 4, M=4, DOMAINS=1, RP=64, **common)
+        compiled(planner_kernels.prepare, capability, 4, D=64, M=4, DOMAINS=1, RP=64, **common)
         compiled(planner_kernels.finish, capability, 4, **(sizes | common), XP=128, PER_DOMAIN=24)
     compiled(count_kernels.count_part, capability, 4, EP=256, BLOCK=1024, PER=1, PDL=True)
     compiled(count_kernels.count_sum, capability, 4, P=64, BLOCK=32, PDL=True)
