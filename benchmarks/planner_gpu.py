@@ -118,10 +118,10 @@ def by_row(matrices: dict[str, np.ndarray]) -> dict:
     for name, counts in matrices.items():
         for slots in (1, 2):
             shape = f"{counts.shape[0]} x {counts.shape[1]}"
-            first = not any(row["shape"] == shape for row in rows.values())
-            rows[f"{name}/{slots}"] = {"shape": shape, **plan_times(counts, slots, first)}
+            first = not any(row["shape"] == shape and row["slots"] == slots for row in rows.values())
+            rows[f"{name}/{slots}"] = {"shape": shape, "slots": slots, **plan_times(counts, slots, first)}
             if first:
-                print(f"  {shape}, {name}/{slots}:", {k: round(v, 2) for k, v in rows[f"{name}/{slots}"].items() if k != "shape"})
+                print(f"  {shape}, {name}/{slots}:", {k: round(v, 2) for k, v in rows[f"{name}/{slots}"].items() if k not in ("shape", "slots")})
     for shape in dict.fromkeys(row["shape"] for row in rows.values()):
         times = sorted(row["plan"] for row in rows.values() if row["shape"] == shape)
         print(f"  {shape:>9}: median {statistics.median(times):5.1f} us, worst {times[-1]:5.1f}, {len(times)} plans")

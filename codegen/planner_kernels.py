@@ -41,9 +41,13 @@ RUNGS = tl.constexpr(LADDER)
 WORTH = tl.constexpr(COPY_WORTH)
 CANDIDATES = len(FEW_COPIES) + LADDER * len(LOW_LOAD)
 REFINED = LADDER * len(LOW_LOAD)
-PREFETCHED = tl.constexpr(256)  # more experts than this are not prefetched
 BLOCK = 16  # experts of a program of `prepare`
 INSTANCES = 8  # of a program of `finish`
+
+
+@triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
@@ -65,16 +69,18 @@ def prepare(
     inside = (r[:, None] < R) & (e[None, :] < E)
     n = tl.load(counts_p + r[:, None] * E + e[None, :], mask=inside, other=0)
     wide = n.to(tl.int64)
-    load = tl.sum(wide, 0)
     home = (e // M)[None, :]
     elsewhere = (r[:, None] // D == home // D) & (r[:, None] != home)
+    load, other, below = tl.reduce(
+        (wide, tl.where(elsewhere, wide, 0), tl.where(r[:, None] < rank, wide, 0)), 0, _add3
+    )
     tl.store(load_p + e % M * R + e // M, load, mask=e < E)
-    tl.store(own_p + e % M * R + e // M, load - tl.sum(tl.where(elsewhere, wide, 0), 0), mask=e < E)
+    tl.store(own_p + e % M * R + e // M, load - other, mask=e < E)
     tl.store(column_p + e[None, :] * R + r[:, None], n, mask=inside)
     if ALL:
         tl.store(before_p + r[:, None] * E + e[None, :], tl.cumsum(wide, 0) - wide, mask=inside)
     else:
-        tl.store(before_p + e, tl.sum(tl.where(r[:, None] < rank, wide, 0), 0), mask=e < E)
+        tl.store(before_p + e, below, mask=e < E)
     if tl.program_id(0) == 0:
         for k in tl.static_range(2 * DOMAINS):
             tl.store(key_p + k, NONE)
@@ -96,22 +102,20 @@ def _rung(good, mean, worst, index):
 
 @triton.jit
 def _find_copies(
-    left, tau, mean, worst, total, c, class_, method_p, own_p, column_p, slots_p, key_p, table_p,
+    left, tau, mean, worst, total, c, class_, sign, near, near_full, best_fit, slots, own_p, column_p, key_p, table_p,
     first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
     SP: tl.constexpr, EVEN: tl.constexpr, FILL: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """`planner.search.find_copies` for one method and threshold; keys and loads have type KEY.
 
     left [MP, GP]: tokens of each expert of each rank. A rank's `room` is tau less its load, negative above tau.
+    sign: -1 for the least load first, 1 for the most load first.
     FILL: one of LOW_LOAD (hottest first, every copy fills its target up), else one of FEW_COPIES.
     """
     GP: tl.constexpr = 1 << G_BITS
     MP: tl.constexpr = 1 << M_BITS
     BIG: tl.constexpr = 2**31 - 1 if KEY == tl.int32 else 2**63 - 1
-    sign = tl.load(method_p)  # -1: the least load first, 1: the most load first
-    near_full = tl.load(method_p + 2)
-    near = ((tau >> 10) * tl.load(method_p + 1) + ((tau & 1023) * tl.load(method_p + 1) >> 10)).to(KEY)
-    best_fit = tl.load(method_p + 3) != 0
+    near = ((tau >> 10) * near + ((tau & 1023) * near >> 10)).to(KEY)
 
     g = tl.arange(0, GP)
     m = tl.arange(0, MP)[:, None]
@@ -122,15 +126,8 @@ def _find_copies(
     tl.store(table + lane * S + s, tl.full((SP, GP), -1, tl.int64), mask=(lane < D) & (s < S))
     tl.debug_barrier()  # other lanes may write there
     room = tau - tl.sum(left, 0)
-    touched = tl.zeros((GP,), tl.int32)
-    if M * D <= PREFETCHED:  # bring the columns that are likely to be read into the L1 cache, all at once
-        for master in tl.static_range(M):
-            for sector in tl.static_range(0, D, 8):
-                column = column_p + ((first_rank + g) * M + master) * R + first_rank + sector
-                touched |= tl.load(column, mask=(g < D) & (room < 0), other=0)
     own = tl.load(own_p + m * R + first_rank + lane, mask=mine, other=0).to(KEY)
-    free = tl.load(slots_p + first_rank + g, mask=g < D, other=0)
-    slots = free
+    free = slots
     kept = near * 0
     copies = 0
     may_import = near >= 0  # always: the rank that exports has slots
@@ -139,6 +136,11 @@ def _find_copies(
 
     packed = (left << M_BITS) + (MP - 1 - m)
     hottest = tl.max(packed, 0)
+    # bring the columns that are read first into the L1 cache, all at once: they have 8 ranks to a sector
+    touched = tl.zeros((GP,), tl.int32)
+    first_column = ((first_rank + g) * M + (MP - 1 - (hottest & (MP - 1))).to(tl.int32)) * R + first_rank
+    for sector in tl.static_range(0, D, 8):
+        touched |= tl.load(column_p + first_column + sector, mask=(g < D) & (room < 0), other=0)
     last = tl.where(sign < 0, 0, worst - tau)
     turn = worst - (hottest >> M_BITS) if FILL else last + sign * room
     next_ = tl.min(tl.where(room < 0, (turn << G_BITS) + g, BIG), 0)
@@ -198,7 +200,7 @@ def _find_copies(
 
 @triton.jit
 def _candidate(
-    left, c, reached, own_p, column_p, slots_p, methods_p, key_p, table_p, tolerance, first_rank, R,
+    left, c, reached, sign, near, near_full, best_fit, slots, own_p, column_p, key_p, table_p, tolerance, first_rank, R,
     D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
     SP: tl.constexpr, EVEN: tl.constexpr, REFINE: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
@@ -216,21 +218,24 @@ def _candidate(
     if worst > good:
         if REFINE:
             class_ = c // LOW
-            method = FEW + c % LOW
             below = _rung(good, mean, worst, reached - 2)
             step = (_rung(good, mean, worst, reached - 1) - below).to(tl.int64)
             tau = below + (step * (class_ + 1) // (RUNGS + 1)).to(KEY)
         else:
             class_ = tl.where(c < FEW, 0, (c - FEW) // LOW + 1)
-            method = tl.where(c < FEW, c, FEW + (c - FEW) % LOW)
             tau = _rung(good, mean, worst, tl.maximum(class_ - 1, 0))
-        row = methods_p + method * 4
-        if method >= FEW:
-            _find_copies(left, tau, mean, worst, total, c, class_, row, own_p, column_p, slots_p, key_p, table_p,
-                         first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, True, KEY)  # fmt: skip
+        if REFINE:
+            _find_copies(left, tau, mean, worst, total, c, class_, sign, near, near_full, best_fit, slots, own_p,
+                         column_p, key_p, table_p, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, True,
+                         KEY)  # fmt: skip
+        elif c >= FEW:
+            _find_copies(left, tau, mean, worst, total, c, class_, sign, near, near_full, best_fit, slots, own_p,
+                         column_p, key_p, table_p, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, True,
+                         KEY)  # fmt: skip
         else:
-            _find_copies(left, tau, mean, worst, total, c, class_, row, own_p, column_p, slots_p, key_p, table_p,
-                         first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, False, KEY)  # fmt: skip
+            _find_copies(left, tau, mean, worst, total, c, class_, sign, near, near_full, best_fit, slots, own_p,
+                         column_p, key_p, table_p, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, False,
+                         KEY)  # fmt: skip
 
 
 @triton.jit
@@ -250,8 +255,16 @@ def search(
     c = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     first_rank = domain * D
+    lane = tl.arange(0, GP)
+    method = FEW + c % LOW if REFINE else tl.where(c < FEW, c, FEW + (c - FEW) % LOW)
+    sign = tl.load(methods_p + method * 4)
+    near = tl.load(methods_p + method * 4 + 1)
+    near_full = tl.load(methods_p + method * 4 + 2)
+    best_fit = tl.load(methods_p + method * 4 + 3) != 0
+    slots = tl.load(slots_p + first_rank + lane, mask=lane < D, other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     keys = key_p + domain
     table = domain.to(tl.int64) * ALL_C
     reached = 0
@@ -271,11 +284,11 @@ def search(
             tl.store(flag_p + domain, narrow.to(tl.int32))
         tables = table_p + table * (D * S)
         if narrow:
-            _candidate(left, c, reached, own_p, column_p, slots_p, methods_p, keys, tables, tolerance, first_rank,
-                       R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int32)  # fmt: skip
+            _candidate(left, c, reached, sign, near, near_full, best_fit, slots, own_p, column_p, keys, tables,
+                       tolerance, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int32)  # fmt: skip
         else:
-            _candidate(left, c, reached, own_p, column_p, slots_p, methods_p, keys, tables, tolerance, first_rank,
-                       R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int64)  # fmt: skip
+            _candidate(left, c, reached, sign, near, near_full, best_fit, slots, own_p, column_p, keys, tables,
+                       tolerance, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, REFINE, tl.int64)  # fmt: skip
 
 
 @triton.jit
