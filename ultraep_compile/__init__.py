@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ultraep_compile.huggingface import register_with_accelerate
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -41,3 +43,6 @@ def __getattr__(name: str) -> object:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"ultraep_compile.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'ultraep_compile' has no attribute {name!r}")
+
+
+register_with_accelerate()
