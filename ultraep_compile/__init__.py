@@ -21,15 +21,17 @@ _PUBLIC = {
     "Options": "config",
     "UltraEPError": "errors",
     "balance": "decorator",
+    "clip_grad_norm_": "clipping",
     "explain": "explanation",
     "prepare": "preparation",
     "shard_experts": "sharding",
     "ultraep": "backend",
 }
-__all__ = ["Options", "UltraEPError", "balance", "explain", "prepare", "shard_experts", "ultraep"]
+__all__ = ["Options", "UltraEPError", "balance", "clip_grad_norm_", "explain", "prepare", "shard_experts", "ultraep"]
 
 if TYPE_CHECKING:
     from ultraep_compile.backend import ultraep
+    from ultraep_compile.clipping import clip_grad_norm_
     from ultraep_compile.config import Options
     from ultraep_compile.decorator import balance
     from ultraep_compile.errors import UltraEPError
