@@ -13,7 +13,7 @@ from ultraep_compile.errors import TopologyError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.passes.lift import Site, expert_mm, expert_take, replace_site
-from ultraep_compile.passes.lift.nodes import is_unshard
+from ultraep_compile.passes.lift.nodes import is_attribute, is_unshard, sources
 
 
 def site_layout(site: Site, ranks: int, slots: int) -> ExpertLayout:
@@ -38,8 +38,11 @@ def prepare_site(
 ) -> tuple[str, ExpertSite]:
     """Compile the site's row function and register it under `label`; returns its key."""
     sharded = any(is_unshard(p) for p in site.params)
-    if sharded and not all(is_unshard(p) for p in site.params):
-        raise ValueError("some of its expert parameters are sharded and some are not")
+    if group and (foreign := [n for p in site.params for n in sources(p) if is_attribute(n)]):
+        raise ValueError(
+            f"{foreign[0].target} takes part in its experts' weights and is neither a parameter nor a buffer, so other ranks "
+            "may hold another"
+        )
     hosted = 1 if group else layout.ranks
     signature = RowSignature(
         masters=hosted * layout.masters,

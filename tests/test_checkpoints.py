@@ -6,11 +6,8 @@ A launch of processes costs more than all that it checks, so there are few launc
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -23,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import ultraep_compile

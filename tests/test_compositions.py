@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import zoo
-from tests.balancing import backend, relative, step
-from tests.multirank import run_ranks
+from tests.balancing import backend, relative
+from tests.bundles import BUNDLES
+from tests.multirank import fake_group, run_ranks
 from ultraep_compile import clip_grad_norm_, shard_experts
 from ultraep_compile.errors import ShardingError
 from ultraep_compile.report import collect_reports
@@ -157,10 +157,33 @@ def _uneven_ranks(rank: int, mesh) -> None:
         assert relative(model(x).detach(), single(x).detach()) < 1e-6
 
 
+def _with_bundles(rank: int, mesh) -> None:
+    """What belongs to an expert is divided with it; products of sharded tensors are replicated as they are."""
+    for name in ("quantised buffer", "quantised by row", "merged LoRA"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        single = BUNDLES[name]()
+        model = shard_experts(copy.deepcopy(single), mesh)
+        for key, value in model.state_dict().items():
+            if value.dim() > 1 and "router" not in key:
+                assert isinstance(value, DTensor) and value.to_local().shape[0] * WORLD == value.shape[0], key
+        model.compile(backend=backend())
+        with collect_reports() as collected:
+            zoo.loss_of(model(_batch()[rank : rank + 1])).backward()
+        (site,) = [s for g in collected.graphs for s in g.prepared.values()]
+        assert site.sharded and not any(g.misses for g in collected.graphs)
+        zoo.loss_of(single(_batch())).backward()
+        for (key, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), key
+            if isinstance(p.grad, DTensor):
+                assert relative(_whole(p.grad), q.grad) < 1e-5, f"{name}: {key}"
+
+
 def _everything(rank: int) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     for part in (
         _with_ddp, _with_fsdp, _with_ties, _initialised_in_place, _with_accumulation_and_autocast, _uneven_ranks,
+        _with_bundles,
     ):  # fmt: skip
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -185,12 +208,5 @@ class ListOfExperts(nn.Module):
 
 def test_a_list_of_experts_is_refused_by_name() -> None:
     with pytest.raises(ShardingError, match=r"mlp\.experts is a ModuleList of 4 modules, one for each expert"):
-        _refused(nn.ModuleDict({"mlp": ListOfExperts()}))
-
-
-def _refused(model: nn.Module) -> None:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    try:
-        shard_experts(model, init_device_mesh("cpu", (4,)))
-    finally:
-        dist.destroy_process_group()
+        with fake_group(4):
+            shard_experts(nn.ModuleDict({"mlp": ListOfExperts()}), init_device_mesh("cpu", (4,)))

@@ -74,17 +74,19 @@ unshard.register_autograd(
 def stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, list[str]]]:
     """Modules that hold stacked experts: (name, module, E, names of its per-expert parameters and buffers).
 
-    By structure alone: a module, not a convolution, that owns at least one 3-D parameter; every parameter it owns with
-    the same leading size belongs to the experts (biases, scales), and so does every buffer but those of shape [E], which
-    may as well count tokens. Nothing here looks at names.
+    By structure alone: a module, not a convolution, that owns at least one 3-D parameter, or buffer of quantised weights;
+    every parameter it owns with the same leading size belongs to the experts (biases, scales), and so does every buffer
+    but those of shape [E], which may as well count tokens. Nothing here looks at names.
     """
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        sizes = [p.shape[0] for p in own.values() if p.dim() == 3]
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.dim() > 1}
+        weights = [*own.values(), *(b for b in buffers.values() if b.element_size() == 1 and b.dtype != torch.bool)]
+        sizes = [w.shape[0] for w in weights if w.dim() == 3]
         if not sizes or isinstance(module, nn.modules.conv._ConvNd):
             continue
         experts = max(set(sizes), key=sizes.count)
-        own |= {n: b for n, b in module.named_buffers(recurse=False) if b.dim() > 1}
+        own |= buffers
         if experts > 1:
             yield name, module, experts, [n for n, p in own.items() if p.dim() and p.shape[0] == experts]
 
@@ -110,12 +112,13 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if not found and not any(hasattr(m, _SHARDED) for m in model.modules()):
         raise ShardingError(f"no stacked experts found: {_what_there_is(model)}")
     ranks = mesh.size()
-    for name, _, experts, _ in found:
+    for name, module, experts, _ in found:
         if experts % ranks:
             fits = [r for r in range(1, experts + 1) if experts % r == 0]
             raise ShardingError(
                 f"{name}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
             )
+        _refuse_unregistered(name, module, experts)
     ignored: set[str] = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     ties: dict[Tensor, Tensor] = {}
     for name, module, experts, tensors in found:
@@ -140,6 +143,15 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: dic
         if writes:
             whole[name] = value
     return type(self).save_pretrained(self, save_directory, *args, state_dict=whole, **kwargs)
+
+
+def _refuse_unregistered(name: str, module: nn.Module, experts: int) -> None:
+    for attribute, value in vars(module).items():
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == experts:
+            raise ShardingError(
+                f"{f'{name}.' if name else ''}{attribute} is a tensor of shape {list(value.shape)} for {experts} experts, but "
+                "neither a parameter nor a buffer: no checkpoint has it and it cannot be divided. Register it as a buffer."
+            )
 
 
 def _what_there_is(model: nn.Module) -> str:
