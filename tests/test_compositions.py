@@ -172,6 +172,7 @@ def _with_bundles(rank: int, mesh) -> None:
             zoo.loss_of(model(_batch()[rank : rank + 1])).backward()
         (site,) = [s for g in collected.graphs for s in g.prepared.values()]
         assert site.sharded and not any(g.misses for g in collected.graphs)
+        assert not any("unshard" in g.graph_module.code for g in collected.graphs), name
         zoo.loss_of(single(_batch())).backward()
         for (key, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), key

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ultraep_compile.errors import ShardingError
 from ultraep_compile.ops.transport import CollectiveTransport, transport_for
+from ultraep_compile.preparation import prepare
 
 _SHARDED = "_ultraep_sharded_parameters"
 
@@ -92,7 +93,7 @@ def stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, lis
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Keep only this rank's experts of every stacked expert module; in place, returns the model.
+    """Keep only this rank's experts of every stacked expert module; in place, returns the model. Calls `prepare(model)`.
 
     Args:
         model: every rank must hold the same weights (same seed or checkpoint), or a model on the meta device, to be
@@ -108,6 +109,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         raise ShardingError(
             f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}. Pass the one-dimensional expert mesh, e.g. mesh['ep']."
         )
+    prepare(model)
     found = [f for f in stacked_experts(model) if not hasattr(f[1], _SHARDED)]
     if not found and not any(hasattr(m, _SHARDED) for m in model.modules()):
         raise ShardingError(f"no stacked experts found: {_what_there_is(model)}")

@@ -152,14 +152,14 @@ def is_attribute(node: fx.Node) -> bool:
     return outside and tensor(node) is not None and not is_param(node) and not is_buffer(node)
 
 
-def sources(node: fx.Node) -> set[fx.Node]:
-    """The inputs of the graph that a node is computed from; itself if it is one."""
+def upstream(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
     found, todo = {node}, [node]
     while todo:
         new = [a for a in todo.pop().all_input_nodes if a not in found]
         found.update(new)
         todo += new
-    return {n for n in found if not is_call(n)}
+    return found
 
 
 def module_path(node: fx.Node) -> str:
