@@ -157,6 +157,37 @@ def _uneven_ranks(rank: int, mesh) -> None:
         assert relative(model(x).detach(), single(x).detach()) < 1e-6
 
 
+def _over_a_part_of_a_mesh(rank: int, mesh) -> None:
+    """Two pairs of processes, each with all experts; one warning says what is left to do, and then it is right."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    single = zoo.HandMoE()
+    with pytest.warns(UserWarning, match="divided over 2 of 4 processes.*average the gradients"):
+        model = shard_experts(copy.deepcopy(single), both["ep"])
+    model.compile(backend=backend())
+    zoo.loss_of(model(_batch()[rank : rank + 1])).backward()
+    zoo.loss_of(single(_batch())).backward()
+    for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
+        if isinstance(p.grad, DTensor):
+            dist.all_reduce(p.grad.to_local(), group=both.get_group("dp"))
+            assert relative(_whole(p.grad) / 2, q.grad) < 1e-5, name
+
+
+def _checkpoints_that_do_not_fit(rank: int, mesh) -> None:
+    """Refused by the name of the tensor; a good one loads afterwards."""
+    model = shard_experts(zoo.HandMoE(), mesh)
+    before = {k: _whole(v).clone() for k, v in model.state_dict().items()}
+    good = zoo.HandMoE().state_dict()
+    for wrong, message in (
+        ({**good, "up": good["up"][:4]}, "size mismatch for up"),
+        ({k: v for k, v in good.items() if k != "down"}, 'Missing key.*"down"'),
+        ({**good, "extra": good["up"]}, 'Unexpected key.*"extra"'),
+    ):
+        with pytest.raises(RuntimeError, match=f"(?s){message}"):
+            model.load_state_dict(wrong)
+    model.load_state_dict(before)
+    assert all(torch.equal(_whole(v), before[k]) for k, v in model.state_dict().items())
+
+
 def _with_bundles(rank: int, mesh) -> None:
     """What belongs to an expert is divided with it; products of sharded tensors are replicated as they are."""
     for name in ("quantised buffer", "quantised by row", "merged LoRA"):
@@ -184,7 +215,7 @@ def _everything(rank: int) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     for part in (
         _with_ddp, _with_fsdp, _with_ties, _initialised_in_place, _with_accumulation_and_autocast, _uneven_ranks,
-        _with_bundles,
+        _with_bundles, _over_a_part_of_a_mesh, _checkpoints_that_do_not_fit,
     ):  # fmt: skip
         torch._dynamo.reset()
         torch.manual_seed(0)

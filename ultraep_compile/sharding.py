@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Iterator
 from types import FrameType, MethodType
 from typing import Any
@@ -121,6 +122,12 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
                 f"{name}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
             )
         _refuse_unregistered(name, module, experts)
+    if ranks < dist.get_world_size():
+        warnings.warn(
+            f"ultraep: experts are divided over {ranks} of {dist.get_world_size()} processes, and their gradients are those of "
+            "these. Where others hold the same experts, average the gradients of expert parameters over them.",
+            stacklevel=2,
+        )
     ignored: set[str] = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     ties: dict[Tensor, Tensor] = {}
     for name, module, experts, tensors in found:
