@@ -42,7 +42,7 @@ def test_lora_factors_as_peft_makes_them() -> None:
     """peft puts the factors into the experts module for the time of a forward, which breaks the graph around it."""
     peft = pytest.importorskip("peft")
     torch._dynamo.reset()
-    model, inputs = prepared("mixtral", "batched_mm", output_router_logits=False)
+    model, inputs = prepared("mixtral", "batched_mm", output_router_logits=False, num_hidden_layers=1)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     plain = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=targets))
     with torch.no_grad():
@@ -54,9 +54,9 @@ def test_lora_factors_as_peft_makes_them() -> None:
     with collect_reports() as collected:
         got = step(ours, ours, inputs)
     expected = step(plain, plain, inputs)
-    assert sum(len(g.prepared) for g in collected.graphs) == zoo.LAYERS
+    assert sum(len(g.prepared) for g in collected.graphs) == 1
     assert relative(got.loss, expected.loss) < 1e-6 and got.grads.keys() == expected.grads.keys()
-    assert len(got.grads) == 4 * zoo.LAYERS
+    assert len(got.grads) == 4
     for key, grad in expected.grads.items():
         assert relative(got.grads[key], grad) < 1e-5, key
 

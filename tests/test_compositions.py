@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -211,12 +212,16 @@ def _with_bundles(rank: int, mesh) -> None:
                 assert relative(_whole(p.grad), q.grad) < 1e-5, f"{name}: {key}"
 
 
-def _everything(rank: int) -> None:
+QUICK = (
+    _with_ddp, _with_fsdp, _initialised_in_place, _uneven_ranks, _with_bundles, _over_a_part_of_a_mesh,
+    _checkpoints_that_do_not_fit,
+)  # fmt: skip
+SLOW = (_with_ties, _with_accumulation_and_autocast)
+
+
+def _one_by_one(rank: int, parts: tuple[Callable, ...]) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
-    for part in (
-        _with_ddp, _with_fsdp, _with_ties, _initialised_in_place, _with_accumulation_and_autocast, _uneven_ranks,
-        _with_bundles, _over_a_part_of_a_mesh, _checkpoints_that_do_not_fit,
-    ):  # fmt: skip
+    for part in parts:
         torch._dynamo.reset()
         torch.manual_seed(0)
         try:
@@ -227,8 +232,9 @@ def _everything(rank: int) -> None:
         dist.barrier()
 
 
-def test_combinations_over_4_processes() -> None:
-    run_ranks(WORLD, _everything)
+@pytest.mark.parametrize("parts", [pytest.param(QUICK, id="quick"), pytest.param(SLOW, id="slow", marks=pytest.mark.slow)])
+def test_combinations_over_4_processes(parts: tuple[Callable, ...]) -> None:
+    run_ranks(WORLD, _one_by_one, parts)
 
 
 class ListOfExperts(nn.Module):

@@ -201,7 +201,13 @@ def test_hard_loads(kind: str) -> None:
 # ---- generation, Trainer, pretraining code --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param({}, id="dynamic"),
+        pytest.param({"cache_implementation": "static"}, id="static", marks=pytest.mark.slow),
+    ],
+)
 def test_generation_with_a_cache(cache: dict) -> None:
     """The same tokens as eager; prefill is balanced, and decoding, one token a rank or fewer, is right."""
     plain, _ = prepared("mixtral", "batched_mm", output_router_logits=False)
