@@ -248,3 +248,10 @@ def test_a_list_of_experts_is_refused_by_name() -> None:
     with pytest.raises(ShardingError, match=r"mlp\.experts is a ModuleList of 4 modules, one for each expert"):
         with fake_group(4):
             shard_experts(nn.ModuleDict({"mlp": ListOfExperts()}), init_device_mesh("cpu", (4,)))
+
+
+def test_a_tie_to_something_else_is_refused_by_name() -> None:
+    model = nn.ModuleDict({"moe": zoo.HandMoE(), "other": nn.Linear(24, zoo.EXPERTS)})
+    model["other"].weight = model["moe"].up_bias
+    with fake_group(4), pytest.raises(ShardingError, match=r"moe\.up_bias is tied to other\.weight, which holds no experts"):
+        shard_experts(model, init_device_mesh("cpu", (4,)))

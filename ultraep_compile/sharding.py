@@ -122,6 +122,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
                 f"{name}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
             )
         _refuse_unregistered(name, module, experts)
+    _refuse_foreign_ties(model, found)
     if ranks < dist.get_world_size():
         warnings.warn(
             f"ultraep: experts are divided over {ranks} of {dist.get_world_size()} processes, and their gradients are those of "
@@ -161,6 +162,18 @@ def _refuse_unregistered(name: str, module: nn.Module, experts: int) -> None:
                 f"{f'{name}.' if name else ''}{attribute} is a tensor of shape {list(value.shape)} for {experts} experts, but "
                 "neither a parameter nor a buffer: no checkpoint has it and it cannot be divided. Register it as a buffer."
             )
+
+
+def _refuse_foreign_ties(model: nn.Module, found: list[tuple[str, nn.Module, int, list[str]]]) -> None:
+    """A tensor may be tied between expert modules, where all its places change together, but not to anything else."""
+    places = {(m, tensor) for _, m, _, tensors in found for tensor in tensors}
+    names = {getattr(m, tensor): f"{name}.{tensor}" for name, m, _, tensors in found for tensor in tensors}
+    for path, module in model.named_modules():
+        for tensor, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and value in names and (module, tensor) not in places:
+                raise ShardingError(
+                    f"{names[value]} is tied to {path}.{tensor}, which holds no experts. Untie them first."
+                )
 
 
 def _what_there_is(model: nn.Module) -> str:
