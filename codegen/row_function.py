@@ -154,7 +154,9 @@ def _trace(row_function: fx.GraphModule, sig: RowSignature, is_product: Callable
         leaves = [t.detach().requires_grad_(t.dtype.is_floating_point) for t in flat]
         with torch.enable_grad():
             y = physical(leaves)
-        return [y, *torch.autograd.grad(y, leaves[:-1], grad_y, allow_unused=True)]
+        wanted = [t for t in leaves[:-1] if t.requires_grad]  # quantised weights have no gradient
+        grads = iter(torch.autograd.grad(y, wanted, grad_y, allow_unused=True))
+        return [y, *(next(grads) if t.requires_grad else None for t in leaves[:-1])]
 
     rows = _marker_size(sig)
     inputs = _meta_inputs(sig, rows)

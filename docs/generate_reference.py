@@ -44,7 +44,8 @@ def environment() -> list[tuple[str, str]]:
         for path in (ROOT / folder).rglob("*.py"):
             names |= set(re.findall(r"ULTRAEP_COMPILE_[A-Z_]+", path.read_text()))
     documented = [d.body[0].value.value for d in _functions(config) if ast.get_docstring(d)]  # type: ignore[attr-defined]
-    return [(name, _one_line(next(text for text in documented if name in text))) for name in sorted(names)]
+    found = [(name, _one_line(next(text for text in documented if name in text))) for name in sorted(names)]
+    return found + [(v, f"Option `{name}`, where the code does not give it.") for name, v in config.VARIABLES.items()]
 
 
 def _functions(module: object) -> Iterable[ast.FunctionDef]:

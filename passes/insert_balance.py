@@ -13,7 +13,8 @@ from ultraep_compile.errors import TopologyError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.passes.lift import Site, expert_mm, expert_take, replace_site
-from ultraep_compile.passes.lift.nodes import is_unshard
+from ultraep_compile.passes.lift.nodes import is_attribute, is_unshard, upstream
+from ultraep_compile.passes.own_part import own_part
 
 
 def site_layout(site: Site, ranks: int, slots: int) -> ExpertLayout:
@@ -37,9 +38,12 @@ def prepare_site(
     site: Site, label: str, layout: ExpertLayout, group: str, options_digest: str
 ) -> tuple[str, ExpertSite]:
     """Compile the site's row function and register it under `label`; returns its key."""
-    sharded = any(is_unshard(p) for p in site.params)
-    if sharded and not all(is_unshard(p) for p in site.params):
-        raise ValueError("some of its expert parameters are sharded and some are not")
+    sharded = any(is_unshard(n) for p in site.params for n in upstream(p))
+    if group and (foreign := [n for p in site.params for n in upstream(p) if is_attribute(n)]):
+        raise ValueError(
+            f"{foreign[0].target} takes part in its experts' weights and is neither a parameter nor a buffer, so other ranks "
+            "may hold another"
+        )
     hosted = 1 if group else layout.ranks
     signature = RowSignature(
         masters=hosted * layout.masters,
@@ -75,7 +79,7 @@ def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, p
         slot_expert = graph.call_function(operator.getitem, (plan, 0))
         shares = graph.call_function(operator.getitem, (plan, 1))
         physical = graph.call_function(ops.reroute.default, (ids, slot_expert, shares, layout.experts, made.group, key))
-        params = [p.args[0] if is_unshard(p) else p for p in site.params]
+        params = [own_part(graph, p, layout.ranks) for p in site.params] if made.sharded else site.params
         weight = site.weight if site.uses_weight else None
         out = graph.call_function(
             ops.experts.default,

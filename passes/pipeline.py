@@ -19,7 +19,7 @@ from ultraep_compile.errors import TopologyError, UltraEPError
 from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.passes.insert_balance import insert_balance, prepare_site, site_layout
 from ultraep_compile.passes.lift import Miss, Site, find_moe_sites, verify_site
-from ultraep_compile.passes.lift.nodes import is_unshard
+from ultraep_compile.passes.lift.nodes import is_unshard, upstream
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ def _bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
 def topology_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
     """Fix ranks and group: from the options, or from parameters that `shard_experts` divided. Changes nothing."""
     options = rewrite.options
-    groups = {p.args[3]: p.args[2] for s in rewrite.sites for p in s.params if is_unshard(p)}
+    unshards = {n for s in rewrite.sites for p in s.params for n in upstream(p) if is_unshard(n)}
+    groups = {n.args[3]: n.args[2] for n in unshards}
     if len(groups) > 1:
         raise TopologyError(
             f"experts are sharded over {len(groups)} different groups. Shard all of them over one mesh."

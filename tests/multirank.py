@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 def _process(rank: int, world: int, store: str, results: str, function: Callable[..., Any], args: tuple) -> None:
@@ -30,6 +32,16 @@ def _process(rank: int, world: int, store: str, results: str, function: Callable
         dist.destroy_process_group()
     else:
         os._exit(1)  # the others must not wait for this rank
+
+
+@contextlib.contextmanager
+def fake_group(world: int) -> Iterator[dist.ProcessGroup]:
+    """A group in which this process is rank 0 and nobody else exists: for what must not get as far as an exchange."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -27,6 +27,7 @@ def test_public_names() -> None:
         "Options",
         "UltraEPError",
         "balance",
+        "clip_grad_norm_",
         "explain",
         "prepare",
         "shard_experts",

@@ -13,21 +13,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ultraep_compile.huggingface import register_with_accelerate
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "Options": "config",
     "UltraEPError": "errors",
     "balance": "decorator",
+    "clip_grad_norm_": "clipping",
     "explain": "explanation",
     "prepare": "preparation",
     "shard_experts": "sharding",
     "ultraep": "backend",
 }
-__all__ = ["Options", "UltraEPError", "balance", "explain", "prepare", "shard_experts", "ultraep"]
+__all__ = ["Options", "UltraEPError", "balance", "clip_grad_norm_", "explain", "prepare", "shard_experts", "ultraep"]
 
 if TYPE_CHECKING:
     from ultraep_compile.backend import ultraep
+    from ultraep_compile.clipping import clip_grad_norm_
     from ultraep_compile.config import Options
     from ultraep_compile.decorator import balance
     from ultraep_compile.errors import UltraEPError
@@ -41,3 +45,6 @@ def __getattr__(name: str) -> object:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"ultraep_compile.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'ultraep_compile' has no attribute {name!r}")
+
+
+register_with_accelerate()

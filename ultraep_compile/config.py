@@ -72,7 +72,10 @@ class Options:
 
     @classmethod
     def of(cls, options: Options | Mapping[str, Any] | None) -> Options:
-        """Options from a mapping; an unknown name is an error that names the nearest one."""
+        """Options from a mapping; an unknown name is an error that names the nearest one.
+
+        What the mapping leaves out is read from the environment, and else has its default.
+        """
         if isinstance(options, Options):
             return options
         given = dict(options or {})
@@ -80,7 +83,7 @@ class Options:
         for name in given:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}. {nearest(name, known)}")
-        return cls(**given)
+        return cls(**{**_from_environment(), **given})
 
     @property
     def disabled(self) -> bool:
@@ -92,3 +95,23 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["group"] = self.group.group_name if self.group is not None else ""
         return hashlib.sha256(repr(sorted(values.items(), key=lambda kv: kv[0])).encode()).hexdigest()[:12]
+
+
+VARIABLES = {f.name: f"ULTRAEP_COMPILE_{f.name.upper()}" for f in dataclasses.fields(Options) if f.name != "group"}
+"""Environment variable of every option, for code that cannot pass options, such as transformers' Trainer."""
+
+
+def _from_environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(Options):
+        variable = VARIABLES.get(option.name, "")
+        text = os.environ.get(variable, "")
+        if not text:
+            continue
+        found[option.name] = text
+        if "int" in str(option.type):
+            try:
+                found[option.name] = int(text)
+            except ValueError:
+                raise OptionError(f"{variable} is {text!r}, which is not an integer. Give a whole number.") from None
+    return found

@@ -130,11 +130,11 @@ class Lifter:
             result = self._step(node, in_place, target)
             self._check_shape(node, result)
         except Refusal as reason:
-            self._refuse(node, str(reason), in_place)
+            self._refuse(node, str(reason), in_place, target is not None)
             return
         except Exception as error:  # an op used in a way that no rule expected: one more form we do not know
             log.debug("%s", node.format_node(), exc_info=True)
-            self._refuse(node, f"{type(error).__name__}: {str(error)[:160]}", in_place)
+            self._refuse(node, f"{type(error).__name__}: {str(error)[:160]}", in_place, target is not None)
             return
         finally:
             self.position = outer
@@ -157,10 +157,10 @@ class Lifter:
             if len(sizes) != len(result.sizes) or not all(map(same, sizes, result.sizes)):
                 raise Refusal(f"gives {describe(result)} where the model has {list(sizes)}")
 
-    def _refuse(self, node: fx.Node, reason: str, in_place: bool) -> None:
+    def _refuse(self, node: fx.Node, reason: str, in_place: bool, known: bool) -> None:
         self.refused[node] = f"{op_name(node)}: {reason}"
         if in_place:  # which operands an unknown op writes to is unknown, too
-            for written in node.all_input_nodes:
+            for written in node.all_input_nodes[:1] if known else node.all_input_nodes:
                 self._spoil(written, f"{written.name} may have been overwritten by {node.name}")
 
     def _overwrite(self, destination: fx.Node, result: Any) -> None:

@@ -145,6 +145,23 @@ def is_buffer(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") and "_buffers_" in str(node.target) and tensor(node) is not None
 
 
+def is_attribute(node: fx.Node) -> bool:
+    """A tensor that a module holds without having registered it, as libraries do with LoRA factors while they run."""
+    name = str(node.target)  # as Dynamo makes it from the way to the tensor
+    outside = node.op == "get_attr" or (node.op == "placeholder" and ("_modules_" in name or name.startswith("L_self_")))
+    return outside and tensor(node) is not None and not is_param(node) and not is_buffer(node)
+
+
+def upstream(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    found, todo = {node}, [node]
+    while todo:
+        new = [a for a in todo.pop().all_input_nodes if a not in found]
+        found.update(new)
+        todo += new
+    return found
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module a node was called in, as in `named_modules()`; "" at the top or if
     unknown.
@@ -192,26 +209,35 @@ class GraphFacts:
         return len(shape) >= len(sizes) and all(same(a, b) for a, b in zip(shape, sizes, strict=False))
 
     def param_root(self, node: Any) -> fx.Node | None:
-        """The parameter a node is a view or cast of (the node itself if it is one), or None."""
+        """The parameter or buffer a node is a view or cast of (the node itself if it is one), or None.
+
+        What is computed from such alone (weights times scales, LoRA factors added) stands for a parameter, too.
+        """
         if not isinstance(node, fx.Node):
             return None
         if node not in self._roots:
-            root = None
-            if is_param(node):
-                root = node
-            elif (
-                is_call(node) and (op_name(node) in VIEWS or op_name(node) in CASTS) and not functional_target(node)[0]
-            ):
-                root = self.param_root(node.args[0]) if len(node.all_input_nodes) == 1 else None
+            seen_through = is_call(node) and op_name(node) in VIEWS | CASTS and not functional_target(node)[0]
+            if not is_param(node) and seen_through and len(node.all_input_nodes) == 1:
+                root = self.param_root(node.args[0])
+            else:
+                root = node if node in self.held_by_modules and not is_attribute(node) else None
             self._roots[node] = root
         return self._roots[node]
 
     @functools.cached_property
     def constants(self) -> frozenset[fx.Node]:
         """Parameters, buffers, and what is computed from such alone: the same for all rows of all batches."""
+        return self._made_of(lambda node: is_param(node) or is_buffer(node))
+
+    @functools.cached_property
+    def held_by_modules(self) -> frozenset[fx.Node]:
+        """The same with unregistered tensors of modules among what it may be computed from."""
+        return self._made_of(lambda node: is_param(node) or is_buffer(node) or is_attribute(node))
+
+    def _made_of(self, is_source: Callable[[fx.Node], bool]) -> frozenset[fx.Node]:
         found: set[fx.Node] = set()
         for node in self.nodes:
-            if is_param(node) or is_buffer(node):
+            if is_source(node):
                 found.add(node)
             elif is_call(node) and node.all_input_nodes and found.issuperset(node.all_input_nodes):
                 if tensor(node) is not None and not functional_target(node)[0] and not draws_random(node):

@@ -25,7 +25,7 @@ from ultraep_compile.passes.lift.nodes import (
     op_name,
     tensor,
 )
-from ultraep_compile.passes.lift.sizes import same, size_of
+from ultraep_compile.passes.lift.sizes import product, same, size_of
 from ultraep_compile.passes.lift.values import Call, Dim, Dims, Kind, Refusal, Value
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def _routing_weight(lift: Lifter, node: fx.Node) -> Value | None:
     """A float tensor with one entry per pair."""
     shape = lift.facts.shape(node)
     flat = lift.single and len(shape) == 1 and same(shape[0], lift.tokens)
+    if (source := _flattened(lift, node)) is not None:
+        holder = lift.weights[source] = lift.graph.placeholder("weight")
+        return lift.rows(lift.resized(holder, (Dim.PAIR,), shape), (Dim.PAIR,), node, {"weight"})
     by_pair = flat or lift.facts.has_shape(node, lift.tokens, lift.choices)
     if not held(node).is_floating_point() or not by_pair or not all(same(size, 1) for size in shape[2:]):
         return None
@@ -143,6 +146,16 @@ def _routing_weight(lift: Lifter, node: fx.Node) -> Value | None:
     dims = leading[: len(shape)] + (None,) * len(shape[2:])
     lifted = holder if len(shape) == 2 else lift.resized(holder, dims, shape)
     return lift.rows(lifted, dims, node, {"weight"})
+
+
+def _flattened(lift: Lifter, node: fx.Node) -> fx.Node | None:
+    """The weights [..., K] that a node lays out as pairs, where several leading dims count as one: w.view(-1)."""
+    source = node.args[0] if is_call(node) and op_name(node) in RESHAPES else None
+    if lift.single or not isinstance(source, fx.Node) or tensor(source) is None or len(lift.facts.shape(node)) != 1:
+        return None
+    *leading, last = lift.facts.shape(source)
+    fits = len(leading) > 1 and same(last, lift.choices) and same(product(leading), lift.tokens)
+    return source if fits and held(source).is_floating_point() else None
 
 
 def _token_rows(lift: Lifter, node: fx.Node) -> Value | None:

@@ -28,7 +28,7 @@ def replace_site(gm: fx.GraphModule, site: Site, make_rows: Callable[[fx.Graph, 
     site = _with_moved_sources(site, moved)
     region = set(site.region)
     with graph.inserting_before(site.output):
-        site = _with_flat_ids(graph, site)
+        site = _with_flat_pairs(graph, site)
         y = make_rows(graph, site)
         new = _inline_combine(graph, site, y)
     new.meta = dict(site.output.meta)
@@ -58,16 +58,23 @@ def _with_moved_sources(site: Site, moved: dict[fx.Node, fx.Node]) -> Site:
     )
 
 
-def _with_flat_ids(graph: fx.Graph, site: Site) -> Site:
-    """The site with ids [T, K], whatever leading dims they have in the model."""
-    like = held(site.ids)
+def _with_flat_pairs(graph: fx.Graph, site: Site) -> Site:
+    """The site with ids and weights [T, K], whatever leading dims they have in the model."""
+    changed = {"ids": _flat_pairs(graph, site, site.ids)}
+    if site.weight is not None and held(site.weight).ndim > 2 and held(site.weight).shape[-1] == site.top_k:
+        changed["weight"] = _flat_pairs(graph, site, site.weight)
+    return dataclasses.replace(site, **changed)
+
+
+def _flat_pairs(graph: fx.Graph, site: Site, node: fx.Node) -> fx.Node:
+    like = held(node)
     if like.ndim == 2 and not isinstance(like.shape[1], torch.SymInt) and like.shape[1] == site.top_k:
-        return site
-    ids = graph.call_method("reshape", (site.ids, -1, site.top_k))
+        return node
+    flat = graph.call_method("reshape", (node, -1, site.top_k))
     counted = like.shape if site.top_k == 1 else like.shape[:-1]
     tokens = math.prod(counted)  # of SymInts, too: no guard is added
-    ids.meta = {**site.output.meta, "example_value": like.new_empty(tokens, site.top_k)}
-    return dataclasses.replace(site, ids=ids)
+    flat.meta = {**site.output.meta, "example_value": like.new_empty(tokens, site.top_k)}
+    return flat
 
 
 def _inline_combine(graph: fx.Graph, site: Site, y: fx.Node) -> fx.Node:

@@ -37,7 +37,8 @@ class Site:
     """Raw router scores [T, >= E], the output of the router's last product, if one was found."""
 
     params: list[fx.Node]
-    """Per-expert parameters, raw, dim 0 = expert: placeholders, get_attr nodes, or unshard calls."""
+    """Per-expert tensors, dim 0 = expert: parameters and buffers, raw (placeholders, get_attr nodes, unshard calls), or
+    what the model computes from such alone."""
 
     consts: list[fx.Node]
     """Shared parameters, buffers and 0-d scalars that the row function reads."""

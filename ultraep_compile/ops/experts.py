@@ -36,7 +36,7 @@ class ExpertSite:
     group: str
     """Process group name, "" for virtual ranks."""
     sharded: bool
-    """The parameters hold this rank's experts only (with a group)."""
+    """At least one parameter holds this rank's experts only (with a group)."""
     program: RowProgram
 
     @property
@@ -95,11 +95,16 @@ def _weights(site: ExpertSite, params: list[Tensor], slot_expert_RS: Tensor) -> 
     """Masters computed here, read in place, and freshly filled slots."""
     started = time.perf_counter()
     slots = [site.transport.fill_slots(p, slot_expert_RS, site.layout) for p in params]
-    if site.group and not site.sharded:
+    if site.group:
         here = site.transport.hosted.start * site.layout.masters
-        params = [p[here : here + site.layout.masters] for p in params]
+        params = [p[here : here + site.layout.masters] if _is_whole(site, p) else p for p in params]
     watch.add_time(site.name, "replicate", started)
     return params, slots
+
+
+def _is_whole(site: ExpertSite, param: Tensor) -> bool:
+    """Does this process hold all experts' part of a tensor?"""
+    return param.shape[0] == site.layout.experts
 
 
 def _row_inputs(
@@ -207,8 +212,10 @@ def experts_backward(
         total = _accumulate(total, rest) if total else rest
     count = len(params)
     grad_params = [
-        _to_owner(site, _or_zero(m, like_m), _or_zero(s, like_s), slot_expert_RS)
-        for m, s, like_m, like_s in zip(total[:count], total[count : 2 * count], masters, slots, strict=True)
+        _to_owner(site, _is_whole(site, p), _or_zero(m, like_m), _or_zero(s, like_s), slot_expert_RS)
+        for p, m, s, like_m, like_s in zip(
+            params, total[:count], total[count : 2 * count], masters, slots, strict=True
+        )
     ]
     out = [_sum_over_choices(pair_hidden, choices)]
     if weight is not None and pair_weight is not None:
@@ -235,7 +242,9 @@ def _sum_over_choices(pairs: Tensor, choices: int) -> Tensor:
     return pairs.view(-1, choices, *pairs.shape[1:]).sum(1)
 
 
-def _to_owner(site: ExpertSite, grad_masters: Tensor, grad_slots: Tensor, slot_expert_RS: Tensor) -> Tensor:
+def _to_owner(
+    site: ExpertSite, is_whole: bool, grad_masters: Tensor, grad_slots: Tensor, slot_expert_RS: Tensor
+) -> Tensor:
     """Gradient of one parameter from the gradients of its masters and slots.
 
     Sharded: the owner's share of the gradient of the mean of the ranks' losses. Not sharded: this process's own part,
@@ -245,7 +254,7 @@ def _to_owner(site: ExpertSite, grad_masters: Tensor, grad_slots: Tensor, slot_e
     transport, layout = site.transport, site.layout
     if not isinstance(transport, CollectiveTransport):
         grad = transport.reduce_slots(grad_masters, grad_slots, slot_expert_RS, layout)
-    elif site.sharded:
+    elif not is_whole or layout.ranks == 1:
         grad = transport.reduce_slots(grad_masters, grad_slots, slot_expert_RS, layout) / layout.ranks
     else:
         grad = grad_masters.new_zeros(layout.experts, *grad_masters.shape[1:])
