@@ -15,12 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.groups import Siblings
-from ultraep_compile.ladder.lifted import LiftedExperts, caller, reference_caller
+from ultraep_compile.ladder.lifted import caller, reference_caller
 from ultraep_compile.ladder.recording import Call, Recording, record
 from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, find_parts, region_to, row_count
 from ultraep_compile.ladder.replay import Replay
-from ultraep_compile.ladder.routing import Routing, Slots, Sources, Unbalanceable, judge, measure, sources
+from ultraep_compile.ladder.routing import Missed, Routing, Slots, Sources, Unbalanceable, judge, measure, sources
 from ultraep_compile.ladder.rows import RowFunction, row_function
+from ultraep_compile.passes.lift.called import LiftedExperts
 from ultraep_compile.passes.lift.values import Refusal
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tu
         except Unbalanceable:
             raise
         except Refusal as reason:
-            problem = problem or reason
+            if problem is None or isinstance(reason, Missed):
+                problem = reason
             if not leaves:
                 break
     assert problem is not None
@@ -178,12 +180,12 @@ def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, 
     parts = find_parts(first, owned, count)
     tokens = len_of(leads[0])
     found = _analyse(first, parts, tokens)
-    problem = Refusal("no recorded tensor holds the experts' ids or weights for each token")
+    problem = Missed("no recorded tensor holds the experts' ids or weights for each token")
     for way in sources(first, parts, found.routing, parts.experts, found.weights):
         try:
             return _written(owner, name, call, first, second, found, way, leads)
         except Refusal as reason:
-            problem = reason
+            problem = Missed(str(reason))
     raise problem
 
 
@@ -200,7 +202,8 @@ def _analyse(recording: Recording, parts: Parts, tokens: int) -> _Analysis:
         except Unbalanceable:
             raise
         except Refusal as reason:
-            problem = reason if position == 0 else problem
+            if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
+                problem = reason
     raise problem
 
 
@@ -212,8 +215,13 @@ def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, Any
         raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
     plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
     slots = _slots(recording, parts, regions, plain)
-    routing = measure(recording, parts, tokens, slots, parts.experts)
-    judge(routing, slots)
+    try:
+        routing = measure(recording, parts, tokens, slots, parts.experts)
+    except Unbalanceable:
+        raise
+    except Refusal as reason:
+        raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
+    judge(routing)
     before, after, sent = routing.before, routing.after, routing.sent
     weighs_before = bool(((before[sent] - 1).abs() > 1e-4).any())
     weighs_after = bool(((after[sent] - 1).abs() > 1e-4).any())
@@ -257,12 +265,25 @@ def _slots(
         outputs.append(y.reshape(n, -1))
         experts.append(number)
     fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
-    return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), None, fixed)
+    mixed = _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
+    return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), None, fixed, mixed)
+
+
+def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
+    """Does one row of the experts' input depend on several tokens, however they were routed?"""
+    states = next((recording.raw[n] for n in recording.inputs if recording.raw[n].is_floating_point()), None)
+    if states is None or not rows.requires_grad or not states.requires_grad:
+        return False
+    row = rows.reshape(row_count(rows), -1)[0]
+    direction = torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(row)
+    (grad,) = torch.autograd.grad((row * direction).sum(), states, allow_unused=True, retain_graph=True)
+    return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
 
 
 def _written(owner, name, call, first, second, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:  # noqa: ANN001
-    gating = "weights" if way.ids is None else "ids"
-    lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, gating)
+    form = "together" if ALL in found.parts.present else "one by one"
+    source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
+    lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source)
     reference = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
     check(owner, reference.function(), call, leads)
     params = [_stacked_like(owner, found, role) for role in found.rows.roles]
@@ -272,8 +293,6 @@ def _written(owner, name, call, first, second, found: _Analysis, way: Sources, l
     replay = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, run)
     function = replay.function()
     holders = tuple(n for role in found.rows.roles for n in found.parts.holders[role])
-    form = "together" if ALL in found.parts.present else "one by one"
-    source = next((n.meta.get("source", "") for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
     return function, replay.source, LayerFacts(found.parts.experts, way.choices, None, holders, form, source)
 
 
@@ -286,13 +305,23 @@ def _stacked_like(owner: nn.Module, found: _Analysis, role: str) -> Tensor:
 # ---- the proof ------------------------------------------------------------------------------------------------------
 
 
-def check(owner: nn.Module, function: Callable, call: Call, leads: list[tuple[int, ...]]) -> None:
+def recheck(owner: nn.Module, layer: LiftedLayer, call: Call) -> None:
+    """The check of `lift_layer` for another module of the same make."""
+    assert layer.facts.experts is not None
+    for training, function in layer.functions.items():
+        with _mode(owner, training):
+            check(owner, function, call, probe_leads(call, layer.facts.experts), seeds=_SEEDS[:1])
+
+
+def check(
+    owner: nn.Module, function: Callable, call: Call, leads: list[tuple[int, ...]], seeds: tuple[int, ...] = _SEEDS
+) -> None:
     """Outputs and gradients of the new forward against the module's own, on batches of several sizes and routings.
 
     Raises: Refusal that says what differs.
     """
     owner_call = lambda *a, **k: type(owner).forward(owner, *a, **k)  # noqa: E731
-    for seed in _SEEDS:
+    for seed in seeds:
         for lead, skewed in ((leads[seed % len(leads)], False), (leads[-1], True)):
             batch = resized(call, lead, 100 + seed, skewed=skewed)
             old = _step(owner, owner_call, batch, seed)

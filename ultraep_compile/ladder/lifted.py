@@ -5,34 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ultraep_compile.codegen.row_function import RowSignature, TensorSpec, compile_row_function
 from ultraep_compile.errors import RoutingError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.passes.lift.called import LiftedExperts, register_lifted
 from ultraep_compile.passes.lift.markers import expert_mm, expert_take
-
-
-@dataclass(frozen=True, slots=True)
-class LiftedExperts:
-    """The experts of one module as a row function."""
-
-    row_function: fx.GraphModule
-    experts: int
-    uses_weight: bool
-    gating: str
-
-
-_by_key: dict[str, LiftedExperts] = {}
-
-
-def lifted_experts(key: str) -> LiftedExperts | None:
-    """What stands behind the key of an `ultraep.experts` node that a module's own forward has called."""
-    return _by_key.get(key)
 
 
 def caller(
@@ -55,9 +37,9 @@ def caller(
             hidden, params = hidden.to(dtype), [p.to(dtype) for p in params]
             consts = [c.to(dtype) if c.is_floating_point() else c for c in consts]
         key = keys[hidden.dtype]
-        counts = torch.ops.ultraep.expert_load(ids, None, experts, 1, "", key)
+        counts = torch.ops.ultraep.expert_load.default(ids, None, experts, 1, "", key)
         empty = ids.new_empty(1, 0, dtype=torch.int32)
-        return torch.ops.ultraep.experts(hidden, weight, ids, empty, counts, params, consts, key)[0]
+        return torch.ops.ultraep.experts.default(hidden, weight, ids, empty, counts, params, consts, key)[0]
 
     return lifted_rows
 
@@ -94,10 +76,10 @@ def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, ne
         lifted.row_function, signature, is_product=lambda t: t is expert_mm, is_take=lambda t: t is expert_take
     )
     layout = ExpertLayout(lifted.experts, 1, 0)
-    content = repr((name, program.key, dataclasses.asdict(layout), lifted.gating))
+    content = repr((name, program.key, dataclasses.asdict(layout)))
     key = f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     register_site(key, ExpertSite(name, layout, "", False, program))
-    _by_key[key] = lifted
+    register_lifted(key, lifted)
     return key
 
 

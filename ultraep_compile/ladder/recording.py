@@ -68,6 +68,7 @@ def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int
     Args:
         leaves: modules to record as one node (by their path), because nothing inside is of interest.
     """
+    call = call.with_tensors([_live(t) for t in call.tensors()])
     recorder = _Recorder(owner, call)
     before = _attributes(owner)
     devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
@@ -83,6 +84,12 @@ def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int
     return Recording(
         recorder.graph, recorder.values, recorder.raw, owner, recorder.inputs, output, stored, recorder.collectives
     )
+
+
+def _live(tensor: Tensor) -> Tensor:
+    """Not a leaf, so that a forward may write into it, and gradients tell what depends on what."""
+    tensor = tensor.detach()
+    return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor.clone()
 
 
 def _attributes(owner: nn.Module) -> dict[str, Any]:

@@ -25,6 +25,10 @@ class Unbalanceable(Refusal):
     """A MoE layer whose experts have equal loads by construction, or that computes every expert for every token."""
 
 
+class Missed(Refusal):
+    """A MoE layer beyond doubt (rows follow the routing) that is not lifted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slots:
     """Rows of the experts' inputs and outputs, all experts one after the other."""
@@ -39,6 +43,8 @@ class Slots:
     """[S]: routing weights read inside the experts."""
     fixed: bool
     """Every expert has equally many rows, whatever the routing."""
+    mixed: bool
+    """A row depends on several tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,7 @@ def _token_of_slot(recording: Recording, parts: Parts, tokens: int, slots: Slots
             factor[live] = size[live] / length[token]
             near_one = (factor - 1).abs() < tolerance
             return node, owner, torch.where(near_one, torch.ones_like(factor), factor)
-    if slots.fixed:
+    if slots.fixed and slots.mixed:
         raise Unbalanceable(
             "its experts read rows that mix several tokens, and each expert gets equally many whatever the routing: the loads are "
             "equal by construction, there is nothing to balance"
@@ -276,7 +282,7 @@ def _ratio(have: Tensor, want: Tensor, tolerance: float) -> float | None:
     return factor if close and factor else None
 
 
-def judge(routing: Routing, slots: Slots) -> None:
+def judge(routing: Routing) -> None:
     """Raise `Unbalanceable` where no planning can help."""
     weights = routing.after * routing.before
     dense = bool((weights != 0).all())
