@@ -23,6 +23,10 @@ class LiftedExperts:
     uses_weight: bool
     source: str
     """Source line of the experts in the module that was lifted."""
+    gating: str = "unknown"
+    """Form of the gating, as recorded; used where the graph does not show it."""
+    place: str = ""
+    """Module that holds the experts."""
 
 
 _by_key: dict[str, LiftedExperts] = {}
@@ -44,11 +48,11 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
         gating = find_gating(facts, ids, weight if isinstance(weight, fx.Node) else None, lifted.experts)
         y = held(output)
         yield Site(
-            name=module_path(node) or node.name,
+            name=module_path(node) or lifted.place or node.name,
             source=lifted.source,
             experts=lifted.experts,
             top_k=int(held(ids).shape[1]),
-            gating=gating.form,
+            gating=gating.form if gating.scores is not None else lifted.gating,
             hidden=hidden,
             ids=ids,
             weight=weight if isinstance(weight, fx.Node) else None,

@@ -192,6 +192,9 @@ def _installed(
             continue
         if lifted_layer(owner) is None:
             install(owner, layer)
+        if facts.counted and not torch._dynamo.config.capture_scalar_outputs:
+            log.info("torch._dynamo.config.capture_scalar_outputs is switched on: %s counts rows in Python", here)
+            torch._dynamo.config.capture_scalar_outputs = True
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
         why = f"experts called {facts.form}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
@@ -206,7 +209,7 @@ def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         nonlocal covered
         for site in find_moe_sites(gm):
-            if isinstance(site, Site):
+            if isinstance(site, Site) and site.anchors[0].target is not torch.ops.ultraep.experts.default:
                 covered += sum(p.meta["example_value"].numel() for p in site.params)
         return gm.forward
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.groups import Siblings
 from ultraep_compile.ladder.lifted import caller, reference_caller
-from ultraep_compile.ladder.recording import Call, Recording, record
+from ultraep_compile.ladder.recording import Call, Recording, is_sizes, record
 from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, find_parts, region_to, row_count
 from ultraep_compile.ladder.replay import Replay
 from ultraep_compile.ladder.routing import Missed, Routing, Slots, Sources, Unbalanceable, judge, measure, sources
 from ultraep_compile.ladder.rows import RowFunction, row_function
 from ultraep_compile.passes.lift.called import LiftedExperts
+from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class LayerFacts:
     """Per-expert parameters, as paths inside the module."""
     form: str = ""
     """How the experts were called: `one by one` or `together`."""
+    counted: bool = False
+    """Python counts the rows of each expert: numbers that a compiler must be told to keep in its graph."""
     source: str = ""
 
 
@@ -99,7 +103,13 @@ def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = Fals
         else:
             new = tensor.detach()
         made.append(new.clone())
-    return call.with_tensors(made)
+    sizes = [_shares(len_of(lead), len(s), generator) if sum(s) == len_of(old) else s for s in call.sizes()]
+    return call.with_tensors(made).with_sizes(sizes)
+
+
+def _shares(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """Random sizes of `parts` groups."""
+    return torch.bincount(torch.randint(0, parts, (total,), generator=generator), minlength=parts).tolist()
 
 
 def len_of(lead: tuple[int, ...]) -> int:
@@ -283,7 +293,9 @@ def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
 def _written(owner, name, call, first, second, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:  # noqa: ANN001
     form = "together" if ALL in found.parts.present else "one by one"
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
-    lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source)
+    gating = gating_of(owner, call, leads[2])
+    place = ".".join(p for p in (name, _common_path(found)) if p)
+    lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source, gating, place)
     reference = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
     check(owner, reference.function(), call, leads)
     params = [_stacked_like(owner, found, role) for role in found.rows.roles]
@@ -293,7 +305,34 @@ def _written(owner, name, call, first, second, found: _Analysis, way: Sources, l
     replay = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, run)
     function = replay.function()
     holders = tuple(n for role in found.rows.roles for n in found.parts.holders[role])
-    return function, replay.source, LayerFacts(found.parts.experts, way.choices, None, holders, form, source)
+    return function, replay.source, LayerFacts(found.parts.experts, way.choices, None, holders, form, way.ids_form == "sizes", source)
+
+
+def _common_path(found: _Analysis) -> str:
+    """The innermost module that holds all experts."""
+    paths = [n.split(".")[:-1] for role in found.rows.roles for n in found.parts.holders[role]]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def gating_of(owner: nn.Module, call: Call, lead: tuple[int, ...]) -> str:
+    """The form of the gating, by the ops before the experts. Evidence for the report, never a condition."""
+    names = []
+    for node in record(owner, resized(call, lead, 0), {}).graph.nodes:
+        if node.op.startswith("call"):
+            names.append(op_name(node))
+    chosen = [i for i, n in enumerate(names) if n in ("topk", "argmax", "max", "sort", "argsort")]
+    if not chosen:
+        return "unknown"
+    if "cumsum" in names and ("one_hot" in names or any(n.startswith("scatter") for n in names)):
+        return "capacity"
+    if "topk" not in names:
+        return "argmax"
+    before, after = names[: chosen[0]], names[chosen[0] :]
+    for squash in ("sigmoid", "softmax"):
+        if squash in before:
+            return f"{squash}-topk"
+    return next((f"topk-{s}" for s in ("softmax", "sigmoid") if s in after), "topk")
 
 
 def _stacked_like(owner: nn.Module, found: _Analysis, role: str) -> Tensor:
@@ -326,7 +365,7 @@ def check(
             batch = resized(call, lead, 100 + seed, skewed=skewed)
             old = _step(owner, owner_call, batch, seed)
             try:
-                new = _step(owner, lambda *a, **k: function(owner, *Call(a, k).tensors()), batch, seed)
+                new = _step(owner, lambda *a, **k: function(owner, *Call(a, k).inputs()), batch, seed)
             except Exception as error:
                 raise Refusal(f"the replayed forward fails on another batch: {type(error).__name__} {error}") from error
             _compare(old, new)
@@ -428,7 +467,9 @@ def pattern_of(call: Call) -> tuple:
     """What must be equal for another call to take the same way: its structure and everything that is no tensor."""
 
     def part(value: Any) -> Any:
-        return ("tensor", value.dim()) if isinstance(value, Tensor) else ("value", value)
+        if isinstance(value, Tensor):
+            return "tensor", value.dim()
+        return ("sizes", len(value)) if is_sizes(value) else ("value", value)
 
     return tuple(map(part, call.args)), tuple((k, part(v)) for k, v in call.kwargs.items())
 
@@ -444,7 +485,9 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and _fits(layer.pattern, args, kwargs):
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            given = (*args, *kwargs.values())
+            tensors = [a for a in given if isinstance(a, Tensor)]
+            tensors += [torch.tensor(a, device=tensors[0].device) for a in given if is_sizes(a)]
             return layer.functions[self.training](self, *tensors)
         return base.forward(self, *args, **kwargs)
 
@@ -472,4 +515,6 @@ def _fits(pattern: tuple, args: tuple, kwargs: dict[str, Any]) -> bool:
 def _same(value: Any, kind: str, wanted: Any) -> bool:
     if isinstance(value, Tensor):
         return kind == "tensor" and value.dim() == wanted
+    if kind == "sizes":
+        return is_sizes(value) and len(value) == wanted
     return kind == "value" and value == wanted

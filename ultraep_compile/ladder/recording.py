@@ -34,11 +34,29 @@ class Call:
     def tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
+    def sizes(self) -> list[list[int]]:
+        """Arguments that are lists of integers: rows of each expert, as Python has counted them."""
+        return [list(a) for a in (*self.args, *self.kwargs.values()) if is_sizes(a)]
+
+    def inputs(self) -> list[Tensor]:
+        """What a replayed forward is given: the tensors, then the lists of sizes as tensors."""
+        return [*self.tensors(), *(torch.tensor(s) for s in self.sizes())]
+
     def with_tensors(self, new: list[Tensor]) -> Call:
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         rest = iter(new)
         args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
         return Call(args, kwargs)
+
+    def with_sizes(self, new: list[list[int]]) -> Call:
+        rest = iter(new)
+        swap = lambda a: next(rest) if is_sizes(a) else a  # noqa: E731
+        return Call(tuple(map(swap, self.args)), {k: swap(v) for k, v in self.kwargs.items()})
+
+
+def is_sizes(argument: Any) -> bool:
+    whole = isinstance(argument, (list, tuple)) and len(argument) >= 2
+    return whole and all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in argument)
 
 
 @dataclass(slots=True)
@@ -123,7 +141,7 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(t): n for n, t in (*owner.named_parameters(), *owner.named_buffers())}
         self.plain = {id(t): n for n, t in _attributes(owner).items()}
         self.inputs = []
-        for index, tensor in enumerate(call.tensors()):
+        for index, tensor in enumerate(call.inputs()):
             node = self.graph.placeholder(f"input{index}")
             self._bind(tensor, node)
             self.inputs.append(node)

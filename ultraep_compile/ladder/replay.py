@@ -196,6 +196,12 @@ class Replay:
             hot = g.call_method("reshape", (self.env[s.ids], (-1, s.choices, experts)))
             ids = g.call_method("argmax", (g.call_method("to", (hot, torch.int64)), -1))
             mask = g.call_method("sum", (hot, -1))
+        elif s.ids_form == "sizes":
+            numbers = g.call_function(torch.arange, (experts,), {"device": g.call_function(getattr, (hidden, "device"))})
+            rows = g.call_method("size", (hidden, 0))
+            counts = g.call_method("to", (self.env[s.ids], torch.int64))
+            ids = g.call_function(torch.repeat_interleave, (numbers, counts), {"output_size": rows})
+            ids = g.call_method("unsqueeze", (ids, 1))
         else:
             ids = g.call_method("to", (g.call_method("reshape", (self.env[s.ids], (-1, s.choices))), torch.int64))
         weight = None

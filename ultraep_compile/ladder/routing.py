@@ -187,7 +187,7 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
         weights: [T, E], the factors to look for.
     """
     sent = routing.sent
-    found_ids = sorted(_ids(recording, parts, routing, experts), key=lambda found: (found[2].shape[1], found[1] == "one-hot"))
+    found_ids = sorted(_ids(recording, parts, routing, experts), key=lambda found: (found[2].shape[1], _FORMS.index(found[1])))
     for node, form, ids in found_ids[:4]:
         masked = int(sent.sum()) != ids.numel()
         wanted = weights.gather(1, ids)
@@ -207,11 +207,17 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
             yield Sources(None, "", weight, weight_form, factor, routing.choices, False)
 
 
+_FORMS = ("pairs", "sizes", "one-hot")
+"""Of ids: [T, K]; rows of each expert [E], the rows standing in that order; one-hot [T, K, E]."""
+
+
 def _ids(recording: Recording, parts: Parts, routing: Routing, experts: int) -> Iterator[tuple[fx.Node, str, Tensor]]:
     tokens, pairs = routing.tokens, routing.sent
     for node in reversed(list(recording.graph.nodes)):
         value = recording.values.get(node)
-        if value is None or parts.label[node] or value.dim() == 0 or value.numel() % tokens or value.numel() == 0:
+        if value is None or parts.label[node] or value.dim() == 0 or value.numel() == 0:
+            continue
+        if value.is_floating_point() or (value.numel() % tokens and tuple(value.shape) != (experts,)):
             continue
         for form, ids in _as_ids(value, tokens, experts):
             if bool((ids < 0).any()) or bool((ids >= experts).any()):
@@ -222,11 +228,13 @@ def _ids(recording: Recording, parts: Parts, routing: Routing, experts: int) -> 
 
 
 def _as_ids(value: Tensor, tokens: int, experts: int) -> Iterator[tuple[str, Tensor]]:
-    if value.dtype in (torch.int64, torch.int32, torch.int16):
+    if tuple(value.shape) == (experts,) and int(value.sum()) == tokens and bool((value >= 0).all()):
+        yield "sizes", torch.repeat_interleave(torch.arange(experts), value.long())[:, None]
+    if value.dtype in (torch.int64, torch.int32, torch.int16) and value.numel() % tokens == 0:
         per_token = value.numel() // tokens
         if per_token <= experts and math.prod(value.shape[:-1]) in (tokens, 1) or value.numel() == tokens:
             yield "pairs", value.reshape(tokens, -1).long()
-    if value.dim() >= 2 and value.shape[-1] == experts and not value.is_floating_point():
+    if value.dim() >= 2 and value.shape[-1] == experts and value.numel() % (tokens * experts) == 0:
         hot = value.reshape(tokens, -1, experts)
         if bool(((hot == 0) | (hot == 1)).all()) and bool((hot.sum(-1) <= 1).all()):
             yield "one-hot", hot.long().argmax(-1)
