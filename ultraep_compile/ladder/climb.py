@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ultraep_compile.ladder.groups import Siblings, like_layers, raw_owners, siblings
-from ultraep_compile.ladder.layer import LayerFacts, LiftedLayer, install, lift_layer, lifted_layer, recheck
+from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
+from ultraep_compile.ladder.layer import LayerFacts, LiftedLayer, install, keep_counts, lift_layer, lifted_layer, recheck
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.passes.lift import Site, find_moe_sites
@@ -28,6 +28,8 @@ from ultraep_compile.passes.lift.values import Refusal
 log = logging.getLogger(__name__)
 _LEVELS = 3
 """How far above the experts the routing may stand."""
+_MOST = 16
+"""A layer's parameters, over those of its experts, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
         found.append(Candidate(group.container, group, tuple(group.parameters()), False))
     for path, module in raw_owners(model):
         own = {f"{path}.{n}" if path else n: p for n, p in module.named_parameters(recurse=False) if p.dim() >= 2}
-        found.append(Candidate(path, None, tuple(own), any(p.dim() >= 3 for p in own.values())))
+        found.append(Candidate(path, None, tuple(own), any(p.dim() >= 3 and p.shape[0] >= FEWEST for p in own.values())))
     return found
 
 
@@ -147,7 +149,7 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
 def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[Finding]:
     """All candidates of one kind by what works for the first."""
     first = alike[0]
-    levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _holds_one(p, alike)]
+    levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _is_layer(model, p, alike)]
     if first.stacked and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
         for each in alike:
             yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
@@ -192,18 +194,24 @@ def _installed(
             continue
         if lifted_layer(owner) is None:
             install(owner, layer)
-        if facts.counted and not torch._dynamo.config.capture_scalar_outputs:
-            log.info("torch._dynamo.config.capture_scalar_outputs is switched on: %s counts rows in Python", here)
-            torch._dynamo.config.capture_scalar_outputs = True
+        if facts.counted:
+            keep_counts(model.get_submodule(_caller(here, path, calls)))
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
         why = f"experts called {facts.form}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
 
 
+def _caller(here: str, path: str, calls: Calls) -> str:
+    """The module whose forward calls this one, by what was seen of its representative."""
+    above = next((p for p in _upwards(path)[1:] if p in calls.first), "")
+    return ".".join(_parts(here)[: len(_parts(above))])
+
+
 def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> bool:
     """Does the compiler's graph of a module show all of a candidate's stacked parameters as one site?"""
     module = model.get_submodule(path)
-    wanted = sum(p.numel() for n in candidate.parameters if (p := model.get_parameter(n)).dim() >= 3)
+    parameters = [model.get_parameter(n) for n in candidate.parameters]
+    wanted = sum(p.numel() for p in parameters if p.dim() >= 3 and p.shape[0] >= FEWEST)
     covered = 0
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
@@ -240,10 +248,13 @@ def _kind(model: nn.Module, candidate: Candidate) -> tuple:
     return (*like_layers(model, candidate.holder), roles)
 
 
-def _holds_one(path: str, alike: list[Candidate]) -> bool:
-    """A module above several layers of a kind is no layer."""
+def _is_layer(model: nn.Module, path: str, alike: list[Candidate]) -> bool:
+    """A module above several layers of a kind is no layer, nor is one in which experts would be a small part."""
     prefix = f"{path}." if path else ""
-    return sum(c.holder == path or c.holder.startswith(prefix) for c in alike) <= 1 or len(alike) == 1
+    if len(alike) > 1 and sum(c.holder == path or c.holder.startswith(prefix) for c in alike) > 1:
+        return False
+    experts = sum(model.get_parameter(n).numel() for n in alike[0].parameters)
+    return sum(p.numel() for p in model.get_submodule(path).parameters()) <= _MOST * experts
 
 
 def _inside(group: Siblings | None, path: str) -> Siblings | None:

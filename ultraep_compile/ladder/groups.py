@@ -50,7 +50,8 @@ def raw_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if type(module).__module__.startswith("torch.nn."):
             continue
         shapes = [p.shape for p in module.parameters(recurse=False) if p.dim() >= 2]
-        if any(len(s) >= 3 and s[0] >= FEWEST for s in shapes) or len(shapes) >= 2:
+        stacked = any(len(s) >= 3 and s[0] >= FEWEST for s in shapes)
+        if stacked or sum(len(s) == 2 for s in shapes) >= 2:
             yield path, module
 
 

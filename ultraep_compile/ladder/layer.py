@@ -491,10 +491,36 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
             return layer.functions[self.training](self, *tensors)
         return base.forward(self, *args, **kwargs)
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        return copyreg.__newobj__, (base,), self.__getstate__()  # pickles and copies are of the unmodified class
+    _swap_class(owner, {"forward": forward, _LAYER: layer})
 
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, _LAYER: layer}
+
+def keep_counts(owner: nn.Module) -> None:
+    """Let a compiler keep numbers that Python reads from tensors inside this module (`tolist`) in its graph."""
+    base = type(owner)
+    if hasattr(base, _COUNTS):
+        return
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+                return base.forward(self, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    _swap_class(owner, {"forward": forward, _COUNTS: True})
+
+
+_COUNTS = "_ultraep_keeps_counts"
+
+
+def _swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
+    """Another class for one module; pickles and copies of it are of the unmodified class."""
+    base = type(owner)
+    plain = next(c for c in base.__mro__ if "_ultraep_plain" not in vars(c))
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return copyreg.__newobj__, (plain,), self.__getstate__()
+
+    members = {**members, "__reduce_ex__": reduce, "__module__": base.__module__, "_ultraep_plain": plain}
     owner.__class__ = type(base.__name__, (base,), members)
 
 
