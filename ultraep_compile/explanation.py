@@ -152,13 +152,18 @@ def _explanation(
     done, beside = 0, 0
     for rewrite in runs:
         for site, made in zip(rewrite.sites, rewrite.prepared.values(), strict=True):
+            numbers = sum(p.meta["example_value"].numel() for p in site.params)
             finding = _finding_of(site.name, open_findings)
+            name = _full_name(site.name, finding)
+            if finding is None:  # a layer that shares the graph of another
+                alike = [f for f in open_findings if sum(sizes[n] for n in f.parameters) == numbers]
+                finding, name = (alike[0], alike[0].path) if alike else (None, name)
             if finding is not None:
                 open_findings.remove(finding)
             else:
-                beside += sum(p.meta["example_value"].numel() for p in site.params)
-            sites.append(_rewritten(site, made, finding))
-            done += sum(p.meta["example_value"].numel() for p in site.params)
+                beside += numbers
+            sites.append(_rewritten(name, site, made, finding))
+            done += numbers
             programs[sites[-1].name] = (made.program.forward_module.code, made.program.backward_module.code)
     for rewrite in rewrites:
         sites += [_missed(m) for m in rewrite.misses]
@@ -200,7 +205,7 @@ def _full_name(name: str, finding: Finding | None) -> str:
     return finding.path[: at + len(name)]
 
 
-def _rewritten(site: Site, made: ExpertSite, finding: Finding | None) -> SiteReport:
+def _rewritten(name: str, site: Site, made: ExpertSite, finding: Finding | None) -> SiteReport:
     program, facts = made.program, made.program.signature
     row_bytes = facts.rows.elements * facts.rows.dtype.itemsize
     cost = layer_cost(
@@ -216,7 +221,7 @@ def _rewritten(site: Site, made: ExpertSite, finding: Finding | None) -> SiteRep
     proof = "row function proven on permuted, padded and poisoned rows"
     matched = finding.reason if finding and rung == "lifted" else f"goes by expert ids {site.ids.name} to {site.anchors[0].name}"
     return SiteReport(
-        _full_name(site.name, finding), "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched
+        name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched
     )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
-from ultraep_compile.ladder.layer import LayerFacts, LiftedLayer, install, keep_counts, lift_layer, lifted_layer, recheck
+from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
+from ultraep_compile.ladder.layer import lift_layer, recheck
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.passes.lift import Site, find_moe_sites
@@ -149,7 +150,8 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
 def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[Finding]:
     """All candidates of one kind by what works for the first."""
     first = alike[0]
-    levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _is_layer(model, p, alike)]
+    levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _is_plain(calls.first[p])]
+    levels = [p for p in levels if _is_layer(model, p, alike)]
     if first.stacked and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
         for each in alike:
             yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
@@ -197,7 +199,8 @@ def _installed(
         if facts.counted:
             keep_counts(model.get_submodule(_caller(here, path, calls)))
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
-        why = f"experts called {facts.form}, lifted from a recorded forward; outputs and gradients checked against eager"
+        only = "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
+        why = f"experts called {facts.form}{only}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
 
 
@@ -221,13 +224,20 @@ def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
                 covered += sum(p.meta["example_value"].numel() for p in site.params)
         return gm.forward
 
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    forward.__code__ = forward.__code__.replace()  # a code object of its own: compiled graphs are counted by it
     copied = call.with_tensors([t.detach().clone() for t in call.tensors()])
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # a module that cannot be traced alone is no error
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            run = torch.compile(lambda *a, **k: module._call_impl(*a, **k), backend=backend, dynamic=False)
-            run(*copied.args, **copied.kwargs)
+            torch.compile(forward, backend=backend, dynamic=False)(*copied.args, **copied.kwargs)
     except Exception as fault:
         log.debug("%s cannot be traced alone", path, exc_info=fault)
+    finally:
+        logging.disable(before)
     return covered >= wanted > 0
 
 
@@ -246,6 +256,12 @@ def _upwards(path: str) -> list[str]:
 def _kind(model: nn.Module, candidate: Candidate) -> tuple:
     roles = (candidate.group.names, candidate.group.roles) if candidate.group else ()
     return (*like_layers(model, candidate.holder), roles)
+
+
+def _is_plain(call: Call) -> bool:
+    """Arguments without state: a cache would be written to by running the module again."""
+    plain = (Tensor, int, float, str, bool, type(None), torch.dtype, torch.device)
+    return all(isinstance(a, plain) for a in pytree.tree_leaves((call.args, call.kwargs)))
 
 
 def _is_layer(model: nn.Module, path: str, alike: list[Candidate]) -> bool:

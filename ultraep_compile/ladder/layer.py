@@ -1,23 +1,24 @@
-"""Lift the experts of one module: record, find the experts, write the new forward, prove it equal, put it in place."""
+"""Lift the experts of one module: record, find the experts, write the new forward, prove it equal."""
 
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
+from ultraep_compile.ladder.check import SEEDS, check, in_mode
 from ultraep_compile.ladder.groups import Siblings
+from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, pattern_of
 from ultraep_compile.ladder.lifted import caller, reference_caller
-from ultraep_compile.ladder.recording import Call, Recording, is_sizes, record
+from ultraep_compile.ladder.probes import main_input, probe_leads, resized
+from ultraep_compile.ladder.recording import Call, Recording, record
 from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, find_parts, region_to, row_count
 from ultraep_compile.ladder.replay import Replay
 from ultraep_compile.ladder.routing import Missed, Routing, Slots, Sources, Unbalanceable, judge, measure, sources
@@ -27,108 +28,6 @@ from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 log = logging.getLogger(__name__)
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-_SEEDS = (1, 2, 3)
-
-
-@dataclass(slots=True)
-class LayerFacts:
-    """What is known of a lifted (or refused) layer."""
-
-    experts: int | None = None
-    top_k: int | None = None
-    gating: str | None = None
-    parameters: tuple[str, ...] = ()
-    """Per-expert parameters, as paths inside the module."""
-    form: str = ""
-    """How the experts were called: `one by one` or `together`."""
-    counted: bool = False
-    """Python counts the rows of each expert: numbers that a compiler must be told to keep in its graph."""
-    source: str = ""
-
-
-@dataclass(slots=True)
-class LiftedLayer:
-    """New forwards of one module, by training mode."""
-
-    facts: LayerFacts
-    functions: dict[bool, Callable]
-    pattern: tuple
-    sources: dict[bool, str]
-
-
-class NoDropout(TorchFunctionMode):
-    """Dropout as in eval: random draws in another order are no difference."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "dropout" in getattr(func, "__name__", ""):
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
-
-
-# ---- probe batches --------------------------------------------------------------------------------------------------
-
-
-def main_input(call: Call) -> Tensor:
-    """The token states: the first float tensor of at least two dims."""
-    for tensor in call.tensors():
-        if tensor.is_floating_point() and tensor.dim() >= 2:
-            return tensor
-    raise Refusal("its forward takes no tensor of token states")
-
-
-def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = False) -> Call:
-    """The call with other numbers of tokens: rows drawn from its own, token states random."""
-    states = main_input(call)
-    old = tuple(states.shape[:-1])
-    generator = torch.Generator().manual_seed(seed)
-    picks = [torch.randint(0, n, (m,), generator=generator) for n, m in zip(old, lead, strict=True)]
-    flat = picks[0]
-    for size, pick in zip(old[1:], picks[1:], strict=True):
-        flat = (flat[:, None] * size + pick).flatten()
-    made = []
-    for tensor in call.tensors():
-        if tensor is states:
-            scale = float(states.float().std()) or 1.0
-            noise = torch.randn(*lead, states.shape[-1], generator=generator)
-            if skewed:
-                noise = noise * 0.05 + torch.randn(states.shape[-1], generator=generator)
-            new = (noise * scale).to(states.device, states.dtype)
-        elif tensor.shape[: len(old)] == old:
-            new = tensor.detach()
-            for dim, pick in enumerate(picks):
-                new = new.index_select(dim, pick.to(tensor.device))
-        elif tensor.dim() and tensor.shape[0] == len_of(old):
-            new = tensor.detach().index_select(0, flat.to(tensor.device))
-        else:
-            new = tensor.detach()
-        made.append(new.clone())
-    sizes = [_shares(len_of(lead), len(s), generator) if sum(s) == len_of(old) else s for s in call.sizes()]
-    return call.with_tensors(made).with_sizes(sizes)
-
-
-def _shares(total: int, parts: int, generator: torch.Generator) -> list[int]:
-    """Random sizes of `parts` groups."""
-    return torch.bincount(torch.randint(0, parts, (total,), generator=generator), minlength=parts).tolist()
-
-
-def len_of(lead: tuple[int, ...]) -> int:
-    total = 1
-    for n in lead:
-        total *= n
-    return total
-
-
-def probe_leads(call: Call, experts: int) -> list[tuple[int, ...]]:
-    """Two sizes to record and two more to check, with enough tokens for every expert to get some."""
-    rank = main_input(call).dim() - 1
-    if rank == 1:
-        return [(13 * experts,), (11 * experts,), (5 * experts,)]
-    rest = (1,) * (rank - 2)
-    return [(experts, *rest, 13), (2 * experts, *rest, 11), (experts, *rest, 7)]
-
-
-# ---- lifting --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -151,14 +50,18 @@ def lift_layer(owner: nn.Module, name: str, call: Call, group: Siblings | None) 
     """
     if "forward" in vars(owner):
         raise Refusal("its forward was replaced on the instance")
-    functions, texts, facts = {}, {}, None
-    for training in dict.fromkeys((owner.training, not owner.training)):
-        with _mode(owner, training):
-            function, text, here = _lift(owner, name, call, group)
-        functions[training], texts[training] = function, text
-        facts = facts or here
-    assert facts is not None
-    return LiftedLayer(facts, functions, pattern_of(call), texts)
+    with in_mode(owner, owner.training):
+        function, text, facts = _lift(owner, name, call, group)
+    layer = LiftedLayer(facts, {owner.training: function}, pattern_of(call), {owner.training: text})
+    try:
+        with in_mode(owner, not owner.training):
+            function, text, there = _lift(owner, name, call, group)
+    except Refusal as reason:
+        log.info("%s stays as it is with training=%s: %s", name, not owner.training, reason)
+    else:
+        layer.functions[not owner.training], layer.sources[not owner.training] = function, text
+        facts.lead = facts.lead or there.lead
+    return layer
 
 
 def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tuple[Callable, str, LayerFacts]:
@@ -177,10 +80,16 @@ def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tu
             if not leaves:
                 break
     assert problem is not None
+    if isinstance(problem, Missed):  # sizes that Python computes: good for the numbers of tokens that were seen
+        own = tuple(main_input(call).shape[:-1])
+        with contextlib.suppress(Refusal):
+            function, text, facts = _attempt(owner, name, call, owned, count, [own] * 4, _leaves(owner, owned, group))
+            facts.lead = own
+            return function, text, facts
     raise problem
 
 
-def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, str, LayerFacts]:  # noqa: ANN001
+def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, str, LayerFacts]:
     first, second = (record(owner, resized(call, lead, seed), leaves) for seed, lead in enumerate(leads[:2]))
     if any(" over " in c for c in first.collectives):
         raise Unbalanceable(
@@ -188,14 +97,19 @@ def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, 
             "the balance to its own dispatcher"
         )
     parts = find_parts(first, owned, count)
-    tokens = len_of(leads[0])
+    tokens = math.prod(leads[0])
     found = _analyse(first, parts, tokens)
-    problem = Missed("no recorded tensor holds the experts' ids or weights for each token")
+    problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
+    if found.slots.fixed and ALL not in parts.present and bool((found.slots.inputs != 0).any(1).all()):
+        problem = Unbalanceable(
+            "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
+            "equal by construction, there is nothing to balance"
+        )
     for way in sources(first, parts, found.routing, parts.experts, found.weights):
         try:
             return _written(owner, name, call, first, second, found, way, leads)
         except Refusal as reason:
-            problem = Missed(str(reason))
+            problem = problem if isinstance(problem, Unbalanceable) else Missed(str(reason))
     raise problem
 
 
@@ -217,11 +131,12 @@ def _analyse(recording: Recording, parts: Parts, tokens: int) -> _Analysis:
     raise problem
 
 
-def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, Any]) -> _Analysis:
+def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node]) -> _Analysis:
     regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
     codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
     if len(set(codes.values())) > 1:
-        first, other = list(codes)[0], next(e for e in codes if codes[e] != codes[list(codes)[0]])
+        first = next(iter(codes))
+        other = next(e for e in codes if codes[e] != codes[first])
         raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
     plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
     slots = _slots(recording, parts, regions, plain)
@@ -242,22 +157,17 @@ def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, Any
         rows = row_function(recording, parts, next(iter(regions.values())), scaled=True)
         return _Analysis(parts, routing, slots, rows, True, before)
     if rows.weight is not None:
-        inner = torch.zeros_like(before)
         assert slots.inner is not None
-        owner = _owners(routing, slots)
-        inner[owner[owner >= 0], slots.expert[owner >= 0]] = slots.inner.double().flatten()[owner >= 0]
+        inner, live = torch.zeros_like(before), routing.owner >= 0
+        inner[routing.owner[live], slots.expert[live]] = slots.inner.double()[live]
         return _Analysis(parts, routing, slots, rows, True, inner)
     return _Analysis(parts, routing, slots, rows, False, after)
-
-
-def _owners(routing: Routing, slots: Slots) -> Tensor:
-    raise Refusal("weights read inside the experts are not followed yet")
 
 
 def _slots(
     recording: Recording, parts: Parts, regions: dict[int, Region], functions: dict[int, RowFunction]
 ) -> Slots:
-    inputs, outputs, experts, counts = [], [], [], set()
+    inputs, outputs, experts, inner, counts = [], [], [], [], set()
     for expert, region in regions.items():
         x, y = recording.values[functions[expert].rows], recording.values[region.end]
         n = row_count(y)
@@ -271,12 +181,14 @@ def _slots(
         else:
             number = torch.full((n,), expert)
         counts.add(n)
+        if (weight := functions[expert].weight) is not None:
+            inner.append(recording.values[weight].reshape(n))
         inputs.append(x.reshape(n, -1))
         outputs.append(y.reshape(n, -1))
         experts.append(number)
     fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
     mixed = _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
-    return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), None, fixed, mixed)
+    return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), torch.cat(inner) if inner else None, fixed, mixed)
 
 
 def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
@@ -290,11 +202,11 @@ def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
     return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
 
 
-def _written(owner, name, call, first, second, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:  # noqa: ANN001
+def _written(owner, name, call, first, second, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:
     form = "together" if ALL in found.parts.present else "one by one"
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
     gating = gating_of(owner, call, leads[2])
-    place = ".".join(p for p in (name, _common_path(found)) if p)
+    place = ".".join(p for p in (name, _common_path(found)) if p) or type(owner).__name__
     lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source, gating, place)
     reference = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
     check(owner, reference.function(), call, leads)
@@ -341,88 +253,6 @@ def _stacked_like(owner: nn.Module, found: _Analysis, role: str) -> Tensor:
     return torch.empty(shape, dtype=parameter.dtype, device="meta")
 
 
-# ---- the proof ------------------------------------------------------------------------------------------------------
-
-
-def recheck(owner: nn.Module, layer: LiftedLayer, call: Call) -> None:
-    """The check of `lift_layer` for another module of the same make."""
-    assert layer.facts.experts is not None
-    for training, function in layer.functions.items():
-        with _mode(owner, training):
-            check(owner, function, call, probe_leads(call, layer.facts.experts), seeds=_SEEDS[:1])
-
-
-def check(
-    owner: nn.Module, function: Callable, call: Call, leads: list[tuple[int, ...]], seeds: tuple[int, ...] = _SEEDS
-) -> None:
-    """Outputs and gradients of the new forward against the module's own, on batches of several sizes and routings.
-
-    Raises: Refusal that says what differs.
-    """
-    owner_call = lambda *a, **k: type(owner).forward(owner, *a, **k)  # noqa: E731
-    for seed in seeds:
-        for lead, skewed in ((leads[seed % len(leads)], False), (leads[-1], True)):
-            batch = resized(call, lead, 100 + seed, skewed=skewed)
-            old = _step(owner, owner_call, batch, seed)
-            try:
-                new = _step(owner, lambda *a, **k: function(owner, *Call(a, k).inputs()), batch, seed)
-            except Exception as error:
-                raise Refusal(f"the replayed forward fails on another batch: {type(error).__name__} {error}") from error
-            _compare(old, new)
-
-
-def _step(owner: nn.Module, run: Callable, batch: Call, seed: int) -> dict[str, Tensor]:
-    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in batch.tensors()]
-    fresh = batch.with_tensors([t.clone() if t.is_floating_point() else t for t in leaves])
-    kept = [(b, b.detach().clone()) for b in owner.buffers()]
-    devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), NoDropout(), torch.enable_grad():
-        torch.manual_seed(seed)
-        result = run(*fresh.args, **fresh.kwargs)
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-        results |= {f"buffer {i}": b.detach().clone() for i, (b, _) in enumerate(kept)}
-        total = sum((_weighted(t, i) for i, t in enumerate(outputs) if t.requires_grad), start=torch.zeros(()))
-        named = [(n, p) for n, p in owner.named_parameters() if p.requires_grad]
-        wanted = [*(t for t in leaves if t.requires_grad), *(p for _, p in named)]
-        names = [*(f"input {i}" for i, t in enumerate(leaves) if t.requires_grad), *(n for n, _ in named)]
-        grads = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
-    with torch.no_grad():
-        for buffer, value in kept:
-            buffer.copy_(value)
-    return results | {
-        f"gradient of {n}": torch.zeros_like(w) if g is None else g for n, w, g in zip(names, wanted, grads, strict=True)
-    }
-
-
-def _weighted(tensor: Tensor, index: int) -> Tensor:
-    generator = torch.Generator().manual_seed(index)
-    direction = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-    return (tensor.float() * direction).sum().cpu()
-
-
-def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    if old.keys() != new.keys():
-        raise Refusal("the replayed forward returns other tensors than the module's own")
-    scale = max((float(t.double().norm()) for n, t in old.items() if n.startswith("gradient")), default=0.0)
-    for name, was in old.items():
-        now = new[name]
-        if was.shape != now.shape or was.dtype != now.dtype:
-            raise Refusal(f"{name} of the replayed forward is {now.dtype} {list(now.shape)}, not {was.dtype} {list(was.shape)}")
-        if not was.is_floating_point():
-            if not torch.equal(was, now):
-                raise Refusal(f"{name} of the replayed forward differs")
-            continue
-        error = float((was.double() - now.double()).norm())
-        size = float(was.double().norm())
-        floor = 1e-7 * scale if name.startswith("gradient") else 0.0
-        if not error <= _TOLERANCE.get(was.dtype, 1e-4) * size + floor + 1e-12:
-            raise Refusal(f"{name} of the replayed forward differs by {error / max(size, 1e-30):.1e} (relative)")
-
-
-# ---- helpers --------------------------------------------------------------------------------------------------------
-
-
 def _leading(owner: nn.Module) -> int:
     sizes = [p.shape[0] for p in owner.parameters() if p.dim() >= 3]
     return max(set(sizes), key=sizes.count) if sizes else 8
@@ -452,95 +282,9 @@ def _is_flat(module: nn.Module) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _mode(owner: nn.Module, training: bool) -> Iterator[None]:
-    before = {m: m.training for m in owner.modules()}
-    owner.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
-
-
-def pattern_of(call: Call) -> tuple:
-    """What must be equal for another call to take the same way: its structure and everything that is no tensor."""
-
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return "tensor", value.dim()
-        return ("sizes", len(value)) if is_sizes(value) else ("value", value)
-
-    return tuple(map(part, call.args)), tuple((k, part(v)) for k, v in call.kwargs.items())
-
-
-# ---- in place -------------------------------------------------------------------------------------------------------
-
-_LAYER = "_ultraep_lifted_layer"
-
-
-def install(owner: nn.Module, layer: LiftedLayer) -> None:
-    """Give a module a class of its own whose forward, under a compiler, is the lifted one. Nothing else changes."""
-    base = type(owner)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and _fits(layer.pattern, args, kwargs):
-            given = (*args, *kwargs.values())
-            tensors = [a for a in given if isinstance(a, Tensor)]
-            tensors += [torch.tensor(a, device=tensors[0].device) for a in given if is_sizes(a)]
-            return layer.functions[self.training](self, *tensors)
-        return base.forward(self, *args, **kwargs)
-
-    _swap_class(owner, {"forward": forward, _LAYER: layer})
-
-
-def keep_counts(owner: nn.Module) -> None:
-    """Let a compiler keep numbers that Python reads from tensors inside this module (`tolist`) in its graph."""
-    base = type(owner)
-    if hasattr(base, _COUNTS):
-        return
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
-                return base.forward(self, *args, **kwargs)
-        return base.forward(self, *args, **kwargs)
-
-    _swap_class(owner, {"forward": forward, _COUNTS: True})
-
-
-_COUNTS = "_ultraep_keeps_counts"
-
-
-def _swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
-    """Another class for one module; pickles and copies of it are of the unmodified class."""
-    base = type(owner)
-    plain = next(c for c in base.__mro__ if "_ultraep_plain" not in vars(c))
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        return copyreg.__newobj__, (plain,), self.__getstate__()
-
-    members = {**members, "__reduce_ex__": reduce, "__module__": base.__module__, "_ultraep_plain": plain}
-    owner.__class__ = type(base.__name__, (base,), members)
-
-
-def lifted_layer(module: nn.Module) -> LiftedLayer | None:
-    return getattr(type(module), _LAYER, None)
-
-
-def _fits(pattern: tuple, args: tuple, kwargs: dict[str, Any]) -> bool:
-    positional, named = pattern
-    if len(args) != len(positional) or len(kwargs) != len(named):
-        return False
-    for value, (kind, wanted) in zip(args, positional, strict=True):
-        if not _same(value, kind, wanted):
-            return False
-    return all(key in kwargs and _same(kwargs[key], kind, wanted) for key, (kind, wanted) in named)
-
-
-def _same(value: Any, kind: str, wanted: Any) -> bool:
-    if isinstance(value, Tensor):
-        return kind == "tensor" and value.dim() == wanted
-    if kind == "sizes":
-        return is_sizes(value) and len(value) == wanted
-    return kind == "value" and value == wanted
+def recheck(owner: nn.Module, layer: LiftedLayer, call: Call) -> None:
+    """The check of `lift_layer` for another module of the same make."""
+    assert layer.facts.experts is not None
+    for training, function in layer.functions.items():
+        with in_mode(owner, training):
+            check(owner, function, call, probe_leads(call, layer.facts.experts), seeds=SEEDS[:1])

@@ -57,7 +57,7 @@ def reference_caller(lifted: LiftedExperts) -> Callable[..., Tensor]:
     return lifted_rows
 
 
-def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, new: torch.dtype) -> str:  # noqa: ANN001
+def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, new: torch.dtype) -> str:
     """Compile the row function for one dtype of rows and weights and make it known to the op."""
 
     def spec(tensor: Tensor, leading: int) -> TensorSpec:

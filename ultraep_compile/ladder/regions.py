@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 

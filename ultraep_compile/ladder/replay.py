@@ -6,6 +6,7 @@ inputs again. Everything the experts did is replaced by ids, weights and one cal
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -175,12 +176,15 @@ class Replay:
             for some in itertools.combinations(self.sizes, count):
                 m, n = math.prod(s[0] for s in some), math.prod(s[1] for s in some)
                 if a % m == 0 and b % n == 0 and a // m == b // n:
-                    made = [self.graph.call_method("size", (s[2], s[3])) for s in some]
-                    total = made[0]
-                    for each in made[1:]:
-                        total = self.graph.call_function(operator.mul, (total, each))
+                    total = self._product(some)
                     return total if a == m else self.graph.call_function(operator.mul, (total, a // m))
+                if m % a == 0 and n % b == 0 and m // a == n // b:
+                    return self.graph.call_function(operator.floordiv, (self._product(some), m // a))
         raise Refusal(f"the forward computes the size {a} for one batch and {b} for another, which is no product of input sizes")
+
+    def _product(self, some: Sequence[tuple[int, int, fx.Node, int]]) -> fx.Node:
+        made = [self.graph.call_method("size", (s[2], s[3])) for s in some]
+        return functools.reduce(lambda x, y: self.graph.call_function(operator.mul, (x, y)), made)
 
     def _experts(self, other: dict[fx.Node, fx.Node]) -> None:
         """Tokens, ids, weights, the experts, and the sum over the choices."""
@@ -204,6 +208,9 @@ class Replay:
             ids = g.call_method("unsqueeze", (ids, 1))
         else:
             ids = g.call_method("to", (g.call_method("reshape", (self.env[s.ids], (-1, s.choices))), torch.int64))
+        if s.ids_form == "beyond":
+            mask = g.call_method("lt", (ids, experts))
+            ids = g.call_function(operator.mod, (ids, experts))
         weight = None
         if s.weight is not None:
             weight = self.env[s.weight]
@@ -218,7 +225,8 @@ class Replay:
             if s.factor != 1:
                 weight = g.call_function(operator.mul, (weight, s.factor))
         if s.masked:
-            weight = g.call_function(operator.mul, (weight, mask)) if weight is not None else mask
+            like = g.call_method("to", (mask, raw[routing.output].dtype))
+            weight = g.call_function(operator.mul, (weight, mask)) if weight is not None else like
         params = [self._stacked(role) for role in self.rows.roles]
         consts = [self.env[c] if c in self.env else self._copy(c, other) for c in self.rows.consts]
         inner = weight if self.inside else None

@@ -61,6 +61,8 @@ class Routing:
     """[T, E]: factor on the token's row before the expert; 0 where it is not sent there."""
     after: Tensor
     """[T, E]: factor on the expert's output."""
+    owner: Tensor
+    """[S]: token of each slot, -1 for an empty one."""
 
     @property
     def sent(self) -> Tensor:
@@ -101,7 +103,7 @@ def measure(recording: Recording, parts: Parts, table_like: int, slots: Slots, e
         after = _factors(recording.values[output], slots, owner, table_like, experts)
         if after is not None:
             used = torch.where(after.abs() > 1e-9, sent, torch.zeros_like(sent))
-            return Routing(table, output, table_like, int((used != 0).sum(1).max()), used, after)
+            return Routing(table, output, table_like, int((used != 0).sum(1).max()), used, after, owner)
         reasons.append(str(output.target))
     raise Refusal(
         f"no tensor of one row per token is a weighted sum of the experts' outputs (tried {len(reasons)}); expected a sum over "
@@ -189,13 +191,15 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
     sent = routing.sent
     found_ids = sorted(_ids(recording, parts, routing, experts), key=lambda found: (found[2].shape[1], _FORMS.index(found[1])))
     for node, form, ids in found_ids[:4]:
-        masked = int(sent.sum()) != ids.numel()
-        wanted = weights.gather(1, ids)
         live = sent.gather(1, ids)
-        form_masks = form == "one-hot"
+        if form == "beyond":
+            live &= recording.values[node].reshape(ids.shape) < experts
+        masked = not bool(live.all())
+        wanted = weights.gather(1, ids)
+        form_masks = form in ("one-hot", "beyond")
         choices = ids.shape[1]
-        if bool(((wanted - 1).abs()[live] < 1e-4).all()) and not masked:
-            yield Sources(node, form, None, "one", 1.0, choices, False)
+        if bool(((wanted - 1).abs()[live] < 1e-4).all()) and (form_masks or not masked):
+            yield Sources(node, form, None, "one", 1.0, choices, masked)
             continue
         for weight, weight_form, factor in _weights(recording, parts, routing, wanted, live, weights, experts):
             idle = masked and not form_masks and weight_form == "pairs"
@@ -207,8 +211,10 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
             yield Sources(None, "", weight, weight_form, factor, routing.choices, False)
 
 
-_FORMS = ("pairs", "sizes", "one-hot")
-"""Of ids: [T, K]; rows of each expert [E], the rows standing in that order; one-hot [T, K, E]."""
+_FORMS = ("pairs", "beyond", "sizes", "one-hot")
+"""Of ids: [T, K]; the same with choices that are no expert; rows of each expert [E], the rows standing in that order;
+one-hot [T, K, E].
+"""
 
 
 def _ids(recording: Recording, parts: Parts, routing: Routing, experts: int) -> Iterator[tuple[fx.Node, str, Tensor]]:
@@ -220,9 +226,12 @@ def _ids(recording: Recording, parts: Parts, routing: Routing, experts: int) -> 
         if value.is_floating_point() or (value.numel() % tokens and tuple(value.shape) != (experts,)):
             continue
         for form, ids in _as_ids(value, tokens, experts):
-            if bool((ids < 0).any()) or bool((ids >= experts).any()):
+            if bool((ids < 0).any()) or (form != "pairs" and bool((ids >= experts).any())):
                 continue
-            covered = torch.zeros_like(pairs).scatter_(1, ids, True)
+            beyond = ids >= experts  # a choice that no expert serves: skip, zero or shared
+            if bool(beyond.any()):
+                form, ids = "beyond", ids.clamp(max=experts - 1)
+            covered = torch.zeros_like(pairs, dtype=torch.int64).scatter_add_(1, ids, (~beyond).long()) > 0
             if bool((covered | ~pairs).all()):
                 yield node, form, ids
 
@@ -232,7 +241,7 @@ def _as_ids(value: Tensor, tokens: int, experts: int) -> Iterator[tuple[str, Ten
         yield "sizes", torch.repeat_interleave(torch.arange(experts), value.long())[:, None]
     if value.dtype in (torch.int64, torch.int32, torch.int16) and value.numel() % tokens == 0:
         per_token = value.numel() // tokens
-        if per_token <= experts and math.prod(value.shape[:-1]) in (tokens, 1) or value.numel() == tokens:
+        if (per_token <= experts and math.prod(value.shape[:-1]) in (tokens, 1)) or value.numel() == tokens:
             yield "pairs", value.reshape(tokens, -1).long()
     if value.dim() >= 2 and value.shape[-1] == experts and value.numel() % (tokens * experts) == 0:
         hot = value.reshape(tokens, -1, experts)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from ultraep_compile.ladder.recording import Recording
 from ultraep_compile.ladder.regions import ALL, Parts, Region, in_order, row_count
@@ -142,8 +142,8 @@ class _Writer:
         if node.op == "call_module":
             raise Refusal(f"an expert calls {node.target}, which was not looked into")
         name = "getattr" if node.target is getattr else op_name(node)
-        args = tuple(fx.node.map_arg(a, self.value) for a in node.args)
-        kwargs = {k: fx.node.map_arg(v, self.value) for k, v in node.kwargs.items()}
+        args = tuple(map_arg(a, self.value) for a in node.args)
+        kwargs = {k: map_arg(v, self.value) for k, v in node.kwargs.items()}
         leaves = [v for v in _leaves((args, kwargs)) if isinstance(v, (_Theta, _Rows))]
         if not leaves:
             raise Refusal(f"{name} makes a tensor inside the experts")
@@ -333,10 +333,3 @@ def _paired(use: Callable[[Any, Any], Any], value: Any, recorded: Any) -> Any:
 
 def _say(node: fx.Node) -> str:
     return str(node.target) if node.op in ("get_attr", "placeholder") else f"the result of {op_name(node)}"
-
-
-def run_rows(function: RowFunction, rows: Tensor, ids: Tensor, weight: Tensor | None, params: list[Tensor], consts: list[Tensor]) -> Tensor:
-    """The row function in eager mode, for checks."""
-    extra = [] if weight is None else [weight]
-    with torch.enable_grad():
-        return function.module(rows, ids, *extra, *params, *consts)
