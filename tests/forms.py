@@ -62,7 +62,7 @@ class LoopOverHit(Layer):
         for expert in mask.sum((-1, -2)).nonzero():
             choice, token = torch.where(mask[expert[0]])
             y = self.experts[int(expert[0])](h[token]) * w[token, choice, None]
-            out.index_add_(0, token, y)
+            out.index_add_(0, token, y.to(out.dtype))
         return out
 
 

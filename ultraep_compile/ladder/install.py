@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ultraep_compile.ladder.recording import Call, is_sizes
+from ultraep_compile.passes.lift.values import Refusal
 
 
 @dataclass(slots=True)
@@ -36,19 +38,65 @@ class LiftedLayer:
 
     facts: LayerFacts
     functions: dict[bool, Callable]
-    pattern: tuple
+    pattern: Pattern
     sources: dict[bool, str]
 
 
-def pattern_of(call: Call) -> tuple:
-    """What must be equal for another call to take the same way: its structure and everything that is no tensor."""
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """What must be equal for another call to take the same way: which arguments are tensors, and all others' values."""
 
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return "tensor", value.dim()
-        return ("sizes", len(value)) if is_sizes(value) else ("value", value)
+    names: tuple[str, ...]
+    """Of the forward's positional parameters."""
+    defaults: dict[str, Any]
+    kinds: dict[str, tuple[str, Any]]
+    """Parameter -> `tensor` and its dims, `sizes` and their number, or `value` and that value; in the order of the call."""
 
-    return tuple(map(part, call.args)), tuple((k, part(v)) for k, v in call.kwargs.items())
+    @classmethod
+    def of(cls, owner: nn.Module, call: Call) -> Pattern:
+        signature = inspect.signature(type(owner).forward)
+        plain = [p for p in list(signature.parameters.values())[1:] if p.kind is not p.VAR_POSITIONAL]
+        names = tuple(p.name for p in plain if p.kind is not p.KEYWORD_ONLY and p.kind is not p.VAR_KEYWORD)
+        defaults = {p.name: p.default for p in plain if p.default is not p.empty}
+        pattern = cls(names, defaults, {})
+        given = pattern.arguments(call.args, call.kwargs)
+        kinds = {name: _kind(value) for name, value in given.items()}
+        known = sum(kind == "tensor" for kind, _ in kinds.values())
+        if known != len(call.tensors()):
+            raise Refusal("its forward takes tensors inside of other arguments")
+        return cls(names, defaults, {**{n: kinds[n] for n in given}, **{n: _kind(v) for n, v in defaults.items() if n not in given}})
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, however they were passed; those beyond the named ones by place."""
+        out = {}
+        for place, value in enumerate(args):
+            out[self.names[place] if place < len(self.names) else str(place)] = value
+        for name, value in kwargs.items():
+            out[name] = value
+        return out
+
+    def inputs(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """What the new forward is given, or None for a call of another kind."""
+        given = self.arguments(args, kwargs)
+        tensors, sizes = [], []
+        for name in given:
+            if name not in self.kinds:
+                return None
+        for name, (kind, wanted) in self.kinds.items():
+            value = given[name] if name in given else self.defaults.get(name)
+            if kind == "tensor" and isinstance(value, Tensor) and value.dim() == wanted:
+                tensors.append(value)
+            elif kind == "sizes" and is_sizes(value) and len(value) == wanted:
+                sizes.append(value)
+            elif kind != "value" or isinstance(value, Tensor) or value != wanted:
+                return None
+        return tensors + [torch.tensor(s, device=tensors[0].device) for s in sizes]
+
+
+def _kind(value: Any) -> tuple[str, Any]:
+    if isinstance(value, Tensor):
+        return "tensor", value.dim()
+    return ("sizes", len(value)) if is_sizes(value) else ("value", value)
 
 
 _LAYER = "_ultraep_lifted_layer"
@@ -59,12 +107,10 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
     base = type(owner)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        tensors = [a for a in given if isinstance(a, Tensor)]
-        ours = torch.compiler.is_compiling() and self.training in layer.functions
-        if ours and _fits(layer.pattern, args, kwargs) and _good_for(layer.facts.lead, tensors):
-            tensors += [torch.tensor(a, device=tensors[0].device) for a in given if is_sizes(a)]
-            return layer.functions[self.training](self, *tensors)
+        if torch.compiler.is_compiling() and self.training in layer.functions:
+            tensors = layer.pattern.inputs(args, kwargs)
+            if tensors is not None and _good_for(layer.facts.lead, tensors):
+                return layer.functions[self.training](self, *tensors)
         return base.forward(self, *args, **kwargs)
 
     _swap_class(owner, {"forward": forward, _LAYER: layer})
@@ -94,8 +140,7 @@ def _swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
     plain = next(c for c in base.__mro__ if "_ultraep_plain" not in vars(c))
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        rebuild, (_, *rest), *state = object.__reduce_ex__(self, protocol)  # type: ignore[misc]
-        return (rebuild, (plain, *rest), *state)
+        return plain.__new__, (plain,), self.__getstate__()
 
     members = {**members, "__reduce_ex__": reduce, "__module__": base.__module__, "_ultraep_plain": plain}
     owner.__class__ = type(base.__name__, (base,), members)
@@ -107,21 +152,3 @@ def lifted_layer(module: nn.Module) -> LiftedLayer | None:
 
 def _good_for(lead: tuple[int, ...] | None, tensors: list[Tensor]) -> bool:
     return lead is None or any(tuple(t.shape[:-1]) == lead for t in tensors)
-
-
-def _fits(pattern: tuple, args: tuple, kwargs: dict[str, Any]) -> bool:
-    positional, named = pattern
-    if len(args) != len(positional) or len(kwargs) != len(named):
-        return False
-    for value, (kind, wanted) in zip(args, positional, strict=True):
-        if not _same(value, kind, wanted):
-            return False
-    return all(key in kwargs and _same(kwargs[key], kind, wanted) for key, (kind, wanted) in named)
-
-
-def _same(value: Any, kind: str, wanted: Any) -> bool:
-    if isinstance(value, Tensor):
-        return kind == "tensor" and value.dim() == wanted
-    if kind == "sizes":
-        return is_sizes(value) and len(value) == wanted
-    return kind == "value" and value == wanted

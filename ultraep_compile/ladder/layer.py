@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ultraep_compile.ladder.check import SEEDS, check, in_mode
 from ultraep_compile.ladder.groups import Siblings
-from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, pattern_of
+from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
 from ultraep_compile.ladder.lifted import caller, reference_caller
 from ultraep_compile.ladder.probes import main_input, probe_leads, resized
 from ultraep_compile.ladder.recording import Call, Recording, record
@@ -50,9 +50,10 @@ def lift_layer(owner: nn.Module, name: str, call: Call, group: Siblings | None) 
     """
     if "forward" in vars(owner):
         raise Refusal("its forward was replaced on the instance")
+    pattern = Pattern.of(owner, call)
     with in_mode(owner, owner.training):
         function, text, facts = _lift(owner, name, call, group)
-    layer = LiftedLayer(facts, {owner.training: function}, pattern_of(call), {owner.training: text})
+    layer = LiftedLayer(facts, {owner.training: function}, pattern, {owner.training: text})
     try:
         with in_mode(owner, not owner.training):
             function, text, there = _lift(owner, name, call, group)
@@ -128,7 +129,8 @@ def _analyse(recording: Recording, parts: Parts, tokens: int) -> _Analysis:
         except Refusal as reason:
             if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
                 problem = reason
-    raise problem
+    counts = {row_count(recording.raw[all_ends[0]]) for all_ends in ends.values() if all_ends}
+    raise problem if len(counts) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
 
 
 def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node]) -> _Analysis:
