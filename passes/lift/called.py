@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+import ultraep_compile.ops.experts  # noqa: F401  (defines the op)
 from ultraep_compile.passes.lift.gating import find_gating
 from ultraep_compile.passes.lift.nodes import GraphFacts, held, module_path
 from ultraep_compile.passes.lift.site import Site
