@@ -86,7 +86,7 @@ class Pattern:
             value = given[name] if name in given else self.defaults.get(name)
             if kind == "tensor" and isinstance(value, Tensor) and value.dim() == wanted:
                 tensors.append(value)
-            elif kind == "sizes" and is_sizes(value) and len(value) == wanted:
+            elif kind == "sizes" and isinstance(value, (list, tuple)) and is_sizes(value) and len(value) == wanted:
                 sizes.append(value)
             elif kind != "value" or isinstance(value, Tensor) or value != wanted:
                 return None

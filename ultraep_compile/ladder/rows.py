@@ -153,14 +153,14 @@ class _Writer:
             return _PRODUCTS[name](self, node, args, kwargs)
         return self._row_by_row(node, name, args, kwargs)
 
-    def _view_of_part(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> fx.Node:
+    def _view_of_part(self, node: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict) -> fx.Node:
         source = args[0]
         if not isinstance(source, _Theta) or len([v for v in _leaves((args, kwargs)) if isinstance(v, _Theta)]) != 1:
             raise Refusal(f"{name} of weights alone")
         together = next(iter(self.parts.present)) == ALL
         shift = 0 if together else 1
         out = self.recording.raw.get(node)
-        if name in ("t", "getattr") and (name == "t" or node.args[1] in ("T", "mT")):
+        if name == "t" or (name == "getattr" and args[-1] in ("T", "mT")):
             return self.graph.call_method("transpose", (source.node, -2, -1))
         if name in RESHAPES and out is not None:
             return self.graph.call_method("reshape", (source.node, (-1, *out.shape[1 - shift :])))
@@ -174,7 +174,7 @@ class _Writer:
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             return self.graph.call_method(name, (source.node, args[1]), {"dim": dim + shift if dim >= 0 else dim})
         if name == "getitem":
-            if isinstance(args[1], int) and self.recording.raw.get(node.args[0]) is None:
+            if isinstance(args[1], int) and node.all_input_nodes[0] not in self.recording.raw:
                 return self.graph.call_function(operator.getitem, (source.node, args[1]))
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return self.graph.call_function(operator.getitem, (source.node, (*(slice(None),) * shift, *index)))
@@ -186,7 +186,7 @@ class _Writer:
         """An op that treats every row alike: written down as it is, with its dims counted anew."""
         rows = [v for v in _leaves((args, kwargs)) if isinstance(v, _Rows)]
         out = self.recording.raw.get(node)
-        if name == "getitem" and isinstance(args[1], int) and self.recording.raw.get(node.args[0]) is None:
+        if name == "getitem" and isinstance(args[1], int) and node.all_input_nodes[0] not in self.recording.raw:
             return _Rows(self.graph.call_function(operator.getitem, (args[0].node, args[1])), args[0].lead)
         lead = rows[0].lead
         if out is not None:
@@ -296,7 +296,7 @@ class _Writer:
     def einsum(self, node: fx.Node, args: tuple, kwargs: dict) -> _Rows:
         equation, operands, recorded = args[0], list(args[1:]), list(node.args[1:])
         if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-            operands, recorded = list(operands[0]), list(recorded[0])
+            operands, recorded = list(operands[0]), list(recorded[0])  # pyright: ignore[reportArgumentType]
         if len(operands) != 2 or isinstance(operands[0], _Theta) == isinstance(operands[1], _Theta):
             raise Refusal(f"einsum {equation} of other than rows and weights")
         inputs, _, out = equation.replace(" ", "").replace("...", "").partition("->")
@@ -307,7 +307,9 @@ class _Writer:
         summed = [c for c in matrix if c in of_x and c not in out]
         if len(summed) != 1 or of_x[-1:] != summed[0] or out[-1:] != matrix.replace(summed[0], "") or of_x[:-1] != out[:-1]:
             raise Refusal(f"einsum {equation} is no product of rows and matrices")
-        return self._product(node, operands[1 - at], recorded[1 - at], operands[at], matrix[1] == summed[0], None)
+        source = recorded[1 - at]
+        assert isinstance(source, fx.Node)
+        return self._product(node, operands[1 - at], source, operands[at], matrix[1] == summed[0], None)
 
 
 _PRODUCTS: dict[str, Callable[[_Writer, fx.Node, tuple, dict], _Rows]] = {
