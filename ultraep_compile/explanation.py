@@ -133,7 +133,8 @@ def explain(
     breaks = torch._dynamo.utils.counters["graph_break"]
     reasons = [_first_lines(r) for r, n in breaks.items() if n > breaks_before.get(r, 0)]
     torch._dynamo.reset()
-    found = _explanation(model, findings, rewrites, runs, reasons)
+    roles = find_roles(model, [f.path for f in findings if f.path], *args, **kwargs)
+    found = _explanation(model, findings, rewrites, runs, reasons, roles)
     if expect_moe_sites is not None and found.rewritten() != expect_moe_sites:
         raise SiteCountError(
             f"expected {expect_moe_sites} MoE layers, {found.rewritten()} are rewritten.\n{found}\nMend the model by the reasons "
@@ -143,7 +144,12 @@ def explain(
 
 
 def _explanation(
-    model: nn.Module, findings: list[Finding], rewrites: list[Rewrite], runs: list[Rewrite], breaks: list[str]
+    model: nn.Module,
+    findings: list[Finding],
+    rewrites: list[Rewrite],
+    runs: list[Rewrite],
+    breaks: list[str],
+    roles: dict[str, list[str]],
 ) -> Explanation:
     sites: list[SiteReport] = []
     programs: dict[str, tuple[str, str]] = {}
@@ -184,7 +190,7 @@ def _explanation(
         graphs=len(rewrites),
         snapshots=[r.snapshots for r in rewrites if r.snapshots],
         programs=programs,
-        roles=find_roles(model),
+        roles=roles,
     )
 
 

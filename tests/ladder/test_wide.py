@@ -9,7 +9,7 @@ import torch
 
 from tests import zoo_wide
 from tests.balancing import assert_as_good_as_eager, compiled_step, step
-from ultraep_compile import explain, prepare
+from ultraep_compile import explain, prepare, roles
 
 QUICK = {"dbrx", "llava"}
 
@@ -37,6 +37,22 @@ def test_balanced_like_eager(name):
     assert list(model.state_dict()) == keys
 
 
+ROLES = {
+    "llava": ("model.vision_tower", "model.multi_modal_projector", "model.language_model", ""),
+    "idefics3": ("model.vision_model", "model.connector", "model.text_model", ""),
+    "qwen2_5_vl": ("model.visual", "", "model.language_model", ""),
+    "qwen2_5_omni": ("audio_tower visual", "", "model", ""),
+    "mllama": ("model.vision_model", "model.multi_modal_projector", "model.language_model", ""),
+    "blip2": ("vision_model", "qformer language_projection", "language_model", ""),
+    "whisper": ("model.encoder", "", "model.decoder", ""),
+    "musicgen": ("text_encoder", "", "decoder", "audio_encoder"),
+    "janus": (
+        "model.vision_model", "model.aligner", "model.language_model",
+        "model.vqmodel model.generation_aligner model.generation_head",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", some(zoo_wide.MULTIMODAL))
 def test_multimodal(name):
     """No false layer in dense models; in the MoE one, all of the language model's."""
@@ -46,6 +62,8 @@ def test_multimodal(name):
     assert [s.status for s in found.moe_sites] == moe, str(found)
     assert found.rewritten_parameters == found.expert_parameters
     assert all(s.name.startswith("model.language_model.") for s in found.moe_sites)
+    if name in ROLES:
+        assert found.roles == {role: text.split() for role, text in zip(roles.ROLES, ROLES[name], strict=True)}
 
 
 def test_scalars_are_kept_for_one_model_only():

@@ -171,8 +171,9 @@ class _Writer:
             dims = [d + shift if d >= 0 else d for d in _leaves(args[1:])]
             return self.graph.call_method("permute", (source.node, (*range(shift), *dims)))
         if name in ("chunk", "split") and out is None:
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            return self.graph.call_method(name, (source.node, args[1]), {"dim": dim + shift if dim >= 0 else dim})
+            size, *rest = args[1:]
+            dim = kwargs.get("dim", rest[0] if rest else 0)
+            return self.graph.call_method(name, (source.node, size), {"dim": dim + shift if dim >= 0 else dim})
         if name == "getitem":
             if isinstance(args[1], int) and node.all_input_nodes[0] not in self.recording.raw:
                 return self.graph.call_function(operator.getitem, (source.node, args[1]))
