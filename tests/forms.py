@@ -263,6 +263,39 @@ class WideRouter(LoopOverHit):
         return out
 
 
+class IdentityBeyond(LoopStacked):
+    """Choices beyond the experts give the token itself; one parameter has parts for them that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router(EXPERTS + 2)
+        self.up = nn.Parameter(torch.randn(EXPERTS + 2, FFN, WIDTH) * 0.2)
+        del self.gate_up, self.gate_up_bias
+
+    def mix(self, h):
+        w, ids = self.router(h)
+        out = torch.zeros_like(h)
+        for e in ids.unique().tolist():
+            token, choice = (ids == e).nonzero(as_tuple=True)
+            y = h[token] if e >= EXPERTS else F.linear(F.silu(F.linear(h[token], self.up[e])), self.down[e])
+            out.index_add_(0, token, y * w[token, choice, None])
+        return out
+
+
+class Twice(LoopOverHit):
+    """A token may choose one expert twice, with two weights."""
+
+    def mix(self, h):
+        logits = self.router.proj(h)
+        w, ids = torch.stack([logits.softmax(-1).max(-1).values, logits.sigmoid().mean(-1)], 1), logits.argmax(-1)
+        ids = torch.stack([ids, (logits * torch.tensor([1.0, 1.0, 3.0, 1.0])).argmax(-1)], 1)
+        out = torch.zeros_like(h)
+        for e, expert in enumerate(self.experts):
+            token, choice = torch.where(ids == e)
+            out.index_add_(0, token, expert(h[token]) * w[token, choice, None])
+        return out
+
+
 class ByTable(LoopOverHit):
     """No router: a table says where a token goes."""
 
@@ -441,7 +474,7 @@ LIFTED: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (
         LoopOverHit, LoopWithGaps, LoopByMask, LoopSorted, LoopStacked, FlatWeights, SwitchCapacity, CapacityEinsum,
-        DenseScaled, DenseGated, WideRouter, ByTable, PickySecond, TwoLevels, GroupedBySizes, LowRankExperts,
+        DenseScaled, DenseGated, WideRouter, IdentityBeyond, Twice, ByTable, PickySecond, TwoLevels, GroupedBySizes, LowRankExperts,
         WeightInside, DropoutExperts, Exchanging,
     )
 }  # fmt: skip

@@ -154,6 +154,7 @@ def _explanation(
     sites: list[SiteReport] = []
     programs: dict[str, tuple[str, str]] = {}
     sizes = {n: p.numel() for n, p in model.named_parameters()}
+    held = lambda f: sum(sizes[n] for n in f.parameters) if f.rung == "lifted" else 0  # noqa: E731
     open_findings = [f for f in findings if f.rung in ("traced", "lifted")]
     done, beside = 0, 0
     for rewrite in runs:
@@ -162,10 +163,11 @@ def _explanation(
             finding = _finding_of(site.name, open_findings)
             name = _full_name(site.name, finding)
             if finding is None:  # a layer that shares the graph of another
-                alike = [f for f in open_findings if sum(sizes[n] for n in f.parameters) == numbers]
+                alike = [f for f in open_findings if f.rung == "lifted" and f.experts == site.experts and held(f) >= numbers]
                 finding, name = (alike[0], alike[0].path) if alike else (None, name)
             if finding is not None:
                 open_findings.remove(finding)
+                numbers = max(numbers, held(finding))  # a parameter may have parts that no expert uses
             else:
                 beside += numbers
             sites.append(_rewritten(name, site, made, finding))

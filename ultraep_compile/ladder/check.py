@@ -52,7 +52,7 @@ def check(
     owner_call = lambda *a, **k: type(owner).forward(owner, *a, **k)  # noqa: E731
     probes = [(lead, seed, False) for lead, seed in zip(leads, itertools.cycle(seeds), strict=False)]
     checked = 0
-    for lead, seed, skewed in [*probes, *((leads[0], seed, True) for seed in seeds)]:
+    for lead, seed, skewed in [*probes, *((leads[0], seed, True) for seed in seeds), (leads[-1], seeds[0], True)]:
         batch = resized(call, lead, 100 + seed, skewed=skewed)
         try:
             old = _step(owner, owner_call, batch, seed)

@@ -99,7 +99,18 @@ def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, 
         )
     parts = find_parts(first, owned, count)
     tokens = math.prod(leads[0])
-    found = _analyse(first, parts, tokens)
+    problem: Refusal | None = None
+    for found in _analyse(first, parts, tokens):
+        try:
+            return _with_sources(owner, name, call, first, second, found, leads)
+        except Refusal as reason:
+            problem = problem if isinstance(problem, Unbalanceable) else problem or reason
+    assert problem is not None
+    raise problem
+
+
+def _with_sources(owner, name, call, first, second, found: _Analysis, leads) -> tuple[Callable, str, LayerFacts]:
+    parts = found.parts
     problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
     if found.slots.fixed and ALL not in parts.present and bool((found.slots.inputs != 0).any(1).all()):
         problem = Unbalanceable(
@@ -114,7 +125,7 @@ def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, 
     raise problem
 
 
-def _analyse(recording: Recording, parts: Parts, tokens: int) -> _Analysis:
+def _analyse(recording: Recording, parts: Parts, tokens: int) -> list[_Analysis]:
     """Regions, the cut where the experts' output stands, slots, tokens and factors."""
     present = sorted(parts.present)
     if not present or (ALL not in present and len(present) < 2):
@@ -133,7 +144,7 @@ def _analyse(recording: Recording, parts: Parts, tokens: int) -> _Analysis:
     raise problem if len(counts) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
 
 
-def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node]) -> _Analysis:
+def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node]) -> list[_Analysis]:
     regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
     codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
     if len(set(codes.values())) > 1:
@@ -143,21 +154,26 @@ def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.
     plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
     slots = _slots(recording, parts, regions, plain)
     try:
-        routing = measure(recording, parts, tokens, slots, parts.experts)
+        routings = measure(recording, parts, tokens, slots, parts.experts)
     except Unbalanceable:
         raise
     except Refusal as reason:
         raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
-    judge(routing)
+    judge(routings[0])
+    return [_weighed(recording, parts, next(iter(regions.values())), next(iter(plain.values())), slots, r) for r in routings]
+
+
+def _weighed(
+    recording: Recording, parts: Parts, region: Region, rows: RowFunction, slots: Slots, routing: Routing
+) -> _Analysis:
+    """Where the routing weights are used: on rows before the experts, inside, or on what comes out."""
     before, after, sent = routing.before, routing.after, routing.sent
     weighs_before = bool(((before[sent] - 1).abs() > 1e-4).any())
     weighs_after = bool(((after[sent] - 1).abs() > 1e-4).any())
-    rows = next(iter(plain.values()))
     if weighs_before + weighs_after + (rows.weight is not None) > 1:
         raise Refusal("rows are weighted twice, before and after the experts")
     if weighs_before:
-        rows = row_function(recording, parts, next(iter(regions.values())), scaled=True)
-        return _Analysis(parts, routing, slots, rows, True, before)
+        return _Analysis(parts, routing, slots, row_function(recording, parts, region, scaled=True), True, before)
     if rows.weight is not None:
         assert slots.inner is not None
         inner, live = torch.zeros_like(before), routing.owner >= 0

@@ -40,6 +40,8 @@ def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = Fals
             new = tensor.detach()
             for dim, pick in enumerate(picks):
                 new = new.index_select(dim, pick.to(tensor.device))
+        elif _counts_rows(tensor, math.prod(old)):
+            new = torch.tensor(_shares(math.prod(lead), len(tensor), generator)).to(tensor)
         elif tensor.dim() and tensor.shape[0] == math.prod(old):
             new = tensor.detach().index_select(0, flat.to(tensor.device))
         else:
@@ -47,6 +49,12 @@ def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = Fals
         made.append(new.clone())
     sizes = [_shares(math.prod(lead), len(s), generator) if sum(s) == math.prod(old) else s for s in call.sizes()]
     return call.with_tensors(made).with_sizes(sizes)
+
+
+def _counts_rows(tensor: Tensor, rows: int) -> bool:
+    """How many rows each expert has: integers that add up to all of them."""
+    whole = tensor.dim() == 1 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return whole and tensor.numel() != rows and int(tensor.sum()) == rows
 
 
 def _shares(total: int, parts: int, generator: torch.Generator) -> list[int]:
@@ -59,8 +67,14 @@ def probe_leads(call: Call, experts: int) -> list[tuple[int, ...]]:
     rank = main_input(call).dim() - 1
     own = tuple(main_input(call).shape[:-1])
     if rank == 1:
-        return [(13 * experts,), (11 * experts,), (5 * experts,), own, (37,)]
+        return [(13 * experts,), (11 * experts,), (5 * experts,), own, (37,), _many(own)]
     rest = (1,) * (rank - 2)
-    return [(experts, *rest, 13), (2 * experts, *rest, 11), (experts, *rest, 7), own, (3, *rest, 29)]
+    return [(experts, *rest, 13), (2 * experts, *rest, 11), (experts, *rest, 7), own, (3, *rest, 29), _many(own)]
+
+
+def _many(own: tuple[int, ...]) -> tuple[int, ...]:
+    """More tokens than a capacity may have been made for, as far as that is cheap."""
+    times = max(1, min(4, 8192 // max(math.prod(own), 1)))
+    return (times * own[0], *own[1:])
 
 

@@ -116,6 +116,8 @@ def _blocks(recording: Recording) -> tuple[dict[fx.Node, Part], int]:
             blocks[node] = Part(name, place)
             sizes[name] = root.numel() // view.numel()
     counts = set(sizes.values())
+    if len(counts) > 1 and max(p.expert for p in blocks.values()) < min(counts):
+        counts = {min(counts)}  # a parameter has blocks that no expert uses
     if len(counts) > 1:
         common = max(counts, key=list(sizes.values()).count)
         blocks = {n: p for n, p in blocks.items() if sizes[p.role] == common}

@@ -224,6 +224,11 @@ class Replay:
                 weight = g.call_method("gather", (weight, 1, ids))
             if s.factor != 1:
                 weight = g.call_function(operator.mul, (weight, s.factor))
+        skip = None
+        if routing.skip is not None:
+            aside = g.call_method("logical_not", (mask,))
+            skip = g.call_function(operator.mul, (weight, aside)) if weight is not None else aside
+            skip = g.call_method("sum", (skip, 1), {"keepdim": True})
         if s.masked:
             like = g.call_method("to", (mask, raw[routing.output].dtype))
             weight = g.call_function(operator.mul, (weight, mask)) if weight is not None else like
@@ -236,6 +241,9 @@ class Replay:
         if weight is not None and not self.inside:
             y = g.call_function(operator.mul, (y, g.call_method("unsqueeze", (weight, -1))))
         total = g.call_method("sum", (g.call_method("to", (y, made.dtype)), 1))
+        if skip is not None:
+            passed = g.call_method("to", (g.call_function(operator.mul, (hidden, skip)), made.dtype))
+            total = g.call_function(operator.add, (total, passed))
         twin = other[routing.output]
         sizes = [self._value(m, n) for m, n in zip(made.shape, self.b.raw[twin].shape, strict=True)]
         self.env[routing.output] = g.call_method("reshape", (total, tuple(sizes)))
@@ -246,8 +254,11 @@ class Replay:
             return self.graph.call_function(torch.stack, ([self._attribute(n) for n in names],))
         node = self._attribute(names[0])
         shape = (self.parts.experts, *self.rows.layouts[role])
-        if tuple(self.a.owner.get_parameter(names[0]).shape) == shape:
+        whole = tuple(self.a.owner.get_parameter(names[0]).shape)
+        if whole == shape:
             return node
+        if whole[1:] == shape[1:]:  # more blocks than experts
+            return self.graph.call_function(operator.getitem, (node, slice(0, self.parts.experts)))
         return self.graph.call_method("reshape", (node, shape))
 
 

@@ -18,6 +18,8 @@ from ultraep_compile.ladder.recording import Recording
 from ultraep_compile.ladder.regions import Parts, row_count
 from ultraep_compile.passes.lift.values import Refusal
 
+_MOST_OUTPUTS = 8
+"""Tensors to try as the sum of the experts' outputs."""
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -63,6 +65,8 @@ class Routing:
     """[T, E]: factor on the expert's output."""
     owner: Tensor
     """[S]: token of each slot, -1 for an empty one."""
+    skip: Tensor | None
+    """[T]: factor with which a token itself is in the output, beside its experts; None where it is not."""
 
     @property
     def sent(self) -> Tensor:
@@ -85,8 +89,8 @@ class Sources:
     """Ids hold pairs that are not sent: their weight is 0."""
 
 
-def measure(recording: Recording, parts: Parts, table_like: int, slots: Slots, experts: int) -> Routing:
-    """Find the token table, the output, and the factors between.
+def measure(recording: Recording, parts: Parts, table_like: int, slots: Slots, experts: int) -> list[Routing]:
+    """Find the token table, the output, and the factors between; several ways where several tensors are such sums.
 
     Args:
         table_like: number of tokens.
@@ -95,20 +99,28 @@ def measure(recording: Recording, parts: Parts, table_like: int, slots: Slots, e
     sent = torch.zeros(table_like, experts, dtype=torch.float64)
     full = owner >= 0
     sent[owner[full], slots.expert[full]] = before[full]
-    pairs = owner[full] * experts + slots.expert[full]
-    if pairs.numel() != pairs.unique().numel():
-        raise Refusal("an expert has the same token twice")
-    reasons = []
-    for output in _outputs(recording, parts, table_like, slots.outputs.shape[1]):
-        after = _factors(recording.values[output], slots, owner, table_like, experts)
-        if after is not None:
-            used = torch.where(after.abs() > 1e-9, sent, torch.zeros_like(sent))
-            return Routing(table, output, table_like, int((used != 0).sum(1).max()), used, after, owner)
-        reasons.append(str(output.target))
-    raise Refusal(
-        f"no tensor of one row per token is a weighted sum of the experts' outputs (tried {len(reasons)}); expected a sum over "
-        "the experts"
-    )
+    first = _first_of_pairs(owner, slots.expert, experts)
+    rows = recording.values[table].reshape(table_like, -1)
+    outputs = list(_outputs(recording, parts, table_like, slots.outputs.shape[1]))[-_MOST_OUTPUTS:]
+    # Tokens may also pass by the experts, weighted: choices that no expert serves.
+    skips = (None, rows) if rows.shape[1] == slots.outputs.shape[1] else (None,)
+    found = []
+    for skipped in skips:
+        for output in reversed(outputs):
+            factors = _factors(recording.values[output], slots, first, table_like, experts, skipped)
+            if factors is not None:
+                after, skip = factors
+                used = torch.where(after.abs() > 1e-9, sent, torch.zeros_like(sent))
+                choices = int((used != 0).sum(1).max())
+                found.append(Routing(table, output, table_like, choices, used, after, owner, skip))
+        if found and skipped is None and all(f.output is outputs[-1] for f in found):
+            break  # the last one: nothing is added behind it
+    if not found:
+        raise Refusal(
+            f"no tensor of one row per token is a weighted sum of the experts' outputs (tried {len(outputs)}); expected a sum "
+            "over the experts"
+        )
+    return found
 
 
 def _token_of_slot(recording: Recording, parts: Parts, tokens: int, slots: Slots) -> tuple[fx.Node, Tensor, Tensor]:
@@ -157,26 +169,40 @@ def _outputs(recording: Recording, parts: Parts, tokens: int, width: int) -> Ite
             yield node
 
 
-def _factors(output: Tensor, slots: Slots, owner: Tensor, tokens: int, experts: int) -> Tensor | None:
-    """[T, E] so that output[t] = sum over e of factor[t, e] * (what e made of t), or None."""
+def _first_of_pairs(owner: Tensor, expert: Tensor, experts: int) -> Tensor:
+    """Owner of each slot, -1 for an empty one and for the second time that an expert has a token."""
+    pairs = torch.where(owner >= 0, owner * experts + expert, -1 - torch.arange(len(owner)))
+    _, group = pairs.unique(return_inverse=True)
+    first = torch.full((int(group.max()) + 1,), len(pairs)).scatter_reduce(0, group, torch.arange(len(pairs)), "amin")
+    is_first = torch.zeros(len(pairs), dtype=torch.bool)
+    is_first[first] = True
+    return torch.where(is_first, owner, -1)
+
+
+def _factors(
+    output: Tensor, slots: Slots, owner: Tensor, tokens: int, experts: int, skipped: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """[T, E] so that output[t] = sum over e of factor[t, e] * (what e made of t), plus a multiple of `skipped[t]`, or None."""
     target = output.reshape(tokens, -1).double()
     made = slots.outputs.double()
     after = torch.zeros(tokens, experts, dtype=torch.float64)
+    skip = None if skipped is None else torch.zeros(tokens, dtype=torch.float64)
     allowed = 10 * _CLOSE.get(output.dtype, 1e-4) * float(target.norm(dim=1).mean().clamp_min(1e-30))
     for token in range(tokens):
         mine = (owner == token).nonzero().flatten()
-        if len(mine) > made.shape[1]:
+        basis = made[mine] if skipped is None else torch.cat([made[mine], skipped[token, None].double()])
+        if len(basis) > made.shape[1]:
             raise Refusal(f"a token goes to {len(mine)} experts whose outputs have {made.shape[1]} numbers: weights cannot be told")
-        if len(mine) == 0:
-            if float(target[token].norm()) > allowed:
-                return None
-            continue
-        found = torch.linalg.lstsq(made[mine].T, target[token, :, None], driver="gelsd").solution.flatten()
-        if float((made[mine].T @ found - target[token]).norm()) > allowed:
+        found = torch.zeros(len(basis), dtype=torch.float64)
+        if len(basis):
+            found = torch.linalg.lstsq(basis.T, target[token, :, None], driver="gelsd").solution.flatten()
+        if float((basis.T @ found - target[token]).norm()) > allowed:
             return None
         found = torch.where(found.abs() < 1e-5, torch.zeros_like(found), found)
-        after[token, slots.expert[mine]] = found
-    return after
+        after[token, slots.expert[mine]] = found[: len(mine)]
+        if skip is not None:
+            skip[token] = found[-1]
+    return after, skip
 
 
 # ---- which recorded tensors say so ----------------------------------------------------------------------------------
@@ -188,27 +214,51 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
     Args:
         weights: [T, E], the factors to look for.
     """
-    sent = routing.sent
     found_ids = sorted(_ids(recording, parts, routing, experts), key=lambda found: (found[2].shape[1], _FORMS.index(found[1])))
     for node, form, ids in found_ids[:4]:
-        live = sent.gather(1, ids)
+        live = routing.sent.gather(1, ids)
+        beyond = torch.zeros_like(live)
         if form == "beyond":
-            live &= recording.values[node].reshape(ids.shape) < experts
-        masked = not bool(live.all())
-        wanted = weights.gather(1, ids)
-        form_masks = form in ("one-hot", "beyond")
-        choices = ids.shape[1]
-        if bool(((wanted - 1).abs()[live] < 1e-4).all()) and (form_masks or not masked):
-            yield Sources(node, form, None, "one", 1.0, choices, masked)
+            beyond = recording.values[node].reshape(ids.shape) >= experts
+            live &= ~beyond
+        pairs = _Pairs(ids, live, beyond, weights, routing.skip)
+        masked, shows = not bool(live.all()), form in ("one-hot", "beyond")
+        if pairs.factor_of(torch.ones_like(live, dtype=torch.float64), 1e-4) == 1 and (shows or not masked):
+            yield Sources(node, form, None, "one", 1.0, ids.shape[1], masked)
             continue
-        for weight, weight_form, factor in _weights(recording, parts, routing, wanted, live, weights, experts):
-            idle = masked and not form_masks and weight_form == "pairs"
-            if idle and bool((recording.values[weight].reshape(ids.shape)[~live] != 0).any()):
-                continue  # something drops pairs, and these weights do not show it
-            yield Sources(node, form, weight, weight_form, factor, choices, masked and form_masks)
-    for weight, weight_form, factor in _weights(recording, parts, routing, None, None, weights, experts):
-        if routing.choices < experts:
+        for weight, weight_form, factor in _weights(recording, parts, routing, pairs, weights, experts):
+            if masked and not shows and weight_form == "pairs":
+                if bool((recording.values[weight].reshape(ids.shape)[~live] != 0).any()):
+                    continue  # something drops pairs, and these weights do not show it
+            yield Sources(node, form, weight, weight_form, factor, ids.shape[1], masked and shows)
+    if routing.choices < experts and routing.skip is None:
+        for weight, weight_form, factor in _weights(recording, parts, routing, None, weights, experts):
             yield Sources(None, "", weight, weight_form, factor, routing.choices, False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Ids in question, and what weights by them have to add up to."""
+
+    ids: Tensor
+    live: Tensor
+    beyond: Tensor
+    dense: Tensor
+    skip: Tensor | None
+
+    @property
+    def distinct(self) -> bool:
+        return bool((self.ids.sort(1).values.diff(dim=1) != 0).all())
+
+    def factor_of(self, value: Tensor, tolerance: float) -> float | None:
+        """The number that turns weights [T, K] into the measured ones, if there is one."""
+        weights = value.reshape(self.ids.shape).double()
+        total = torch.zeros_like(self.dense).scatter_add(1, self.ids, weights * self.live)
+        factor = _ratio(total, self.dense, tolerance)
+        if factor is not None and self.skip is not None:
+            by = (weights * self.beyond).sum(1) * factor
+            return factor if torch.allclose(by, self.skip, rtol=tolerance, atol=10 * tolerance) else None
+        return factor
 
 
 _FORMS = ("pairs", "beyond", "sizes", "one-hot")
@@ -253,8 +303,7 @@ def _weights(
     recording: Recording,
     parts: Parts,
     routing: Routing,
-    wanted: Tensor | None,
-    live: Tensor | None,
+    pairs: _Pairs | None,
     dense: Tensor,
     experts: int,
 ) -> Iterator[tuple[fx.Node, str, float]]:
@@ -266,18 +315,20 @@ def _weights(
         if value.numel() % tokens or value.dim() == 0 or value.numel() == 0:
             continue
         tolerance = 10 * _CLOSE.get(value.dtype, 1e-4)
-        if wanted is not None and live is not None and value.numel() == wanted.numel() and _leads(value, tokens):
-            if (factor := _ratio(value.reshape(wanted.shape)[live], wanted[live], tolerance)) is not None:
+        if pairs is not None and value.numel() == pairs.ids.numel() and _leads(value, tokens):
+            if (factor := pairs.factor_of(value, tolerance)) is not None:
                 yield node, "pairs", factor
+        if pairs is not None and not pairs.distinct:
+            continue
         if value.numel() == tokens * experts and value.shape[-1] == experts and _leads(value, tokens):
             whole = value.reshape(tokens, experts).double()
-            if wanted is not None and live is not None:
+            if pairs is not None:
                 ids_values = whole[dense != 0]
                 if (factor := _ratio(ids_values, dense[dense != 0], tolerance)) is not None:
                     yield node, "experts", factor
             elif (factor := _ratio(whole, dense, tolerance)) is not None:
                 yield node, "experts", factor
-        if wanted is None and value.dim() >= 3 and value.shape[-2] == experts and _leads(value.flatten(-2), tokens):
+        if pairs is None and value.dim() >= 3 and value.shape[-2] == experts and _leads(value.flatten(-2), tokens):
             if (factor := _ratio(value.sum(-1).reshape(tokens, experts), dense, tolerance)) is not None:
                 yield node, "slots", factor
 
