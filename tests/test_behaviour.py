@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import pickle
 
 import pytest
@@ -14,9 +15,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import ultraep_compile
 from tests import zoo
 from tests.balancing import backend, compiled_step, prepared, relative, step
-from ultraep_compile import ultraep
+from ultraep_compile import shadow, ultraep
 from ultraep_compile.errors import OptionError, RoutingError, SiteCountError, TopologyError, VerificationError
 from ultraep_compile.ops import routing
+from ultraep_compile.ops.transport import VirtualTransport
 
 
 def test_state_dict_is_untouched_by_compile_and_step() -> None:
@@ -204,6 +206,26 @@ def test_verify_accepts_the_right_and_refuses_the_wrong(monkeypatch: pytest.Monk
     monkeypatch.setattr(routing, "_golden_stride", lambda sizes: real(sizes) * 0 + 2)  # no bijection: pairs collide
     with pytest.raises((VerificationError, IndexError, RuntimeError)):
         compiled_step(model, inputs, ranks=4, verify=2)
+
+
+@pytest.mark.parametrize("fault", ["weights", "plan"])
+def test_verify_names_the_first_layer_and_writes_a_report(fault, tmp_path, monkeypatch) -> None:
+    """A copy with other weights, and a plan that breaks its promises: the layer, and a file with all that was measured."""
+    monkeypatch.chdir(tmp_path)
+    model, inputs = prepared("mixtral", "batched_mm")
+    if fault == "weights":
+        real = VirtualTransport.fill_slots
+        monkeypatch.setattr(VirtualTransport, "fill_slots", lambda *args: real(*args) * 1.01)
+        reason = "differs from the unmodified graph"
+    else:
+        monkeypatch.setattr(shadow, "broken_promises", lambda *args: ["an expert has two copies on rank 0"])
+        reason = "its plan is illegal: an expert has two copies on rank 0"
+    with pytest.raises(VerificationError, match=r"layer model.layers.0.mlp of the rewritten graph") as caught:
+        compiled_step(model, inputs, ranks=4, verify=1)
+    assert reason in str(caught.value)
+    report = json.loads((tmp_path / "ultraep-verify.json").read_text())
+    assert [x["layer"] for x in report["layers"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert report["options"]["ranks"] == "4" and report["torch"] == torch.__version__
 
 
 # ---- hard input that must simply work -------------------------------------------------------------------------------

@@ -13,17 +13,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import fx
 
 from ultraep_compile.config import Options
-from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError, VerificationError
+from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError
 from ultraep_compile.ops import watch
-from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.passes.cache_key import CacheKeyPass
 from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
+from ultraep_compile.shadow import Shadow
 from ultraep_compile.telemetry.recorder import get_recorder
 
 log = logging.getLogger(__name__)
@@ -79,10 +78,9 @@ def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
     _say_what_is_missing(rewrite)
     if options.trace is not None:
         _start_trace(rewrite)
+    shadow = Shadow.of(original, gm, rewrite) if original is not None and rewrite.prepared else None
     compiled = compile_inner(gm, example_inputs, options, mode, rewritten=bool(rewrite.prepared))
-    if original is not None and rewrite.prepared:
-        return _Shadow(original, compiled, options.verify, list(rewrite.prepared.values()))
-    return compiled
+    return compiled if shadow is None else shadow.beside(compiled)
 
 
 def compile_inner(
@@ -153,36 +151,3 @@ def _start_trace(rewrite: Rewrite) -> None:
         )
     if not rewrite.prepared:
         recorder.flush()
-
-
-class _Shadow:
-    """Runs the unmodified graph beside the compiled one for the first calls and compares."""
-
-    def __init__(self, original: fx.GraphModule, compiled: Compiled, calls: int, sites: list[ExpertSite]) -> None:
-        self.original, self.compiled, self.calls, self.sites = original, compiled, calls, sites
-
-    def __call__(self, *args: Any) -> Any:
-        if self.calls <= 0:
-            return self.compiled(*args)
-        self.calls -= 1
-        state = torch.get_rng_state()
-        copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
-        with torch.no_grad():
-            expected = self.original(*copies)
-        torch.set_rng_state(state)
-        got = self.compiled(*args)
-        for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-            self._compare(index, ours, theirs)
-        return got
-
-    def _compare(self, index: int, ours: Any, theirs: Any) -> None:
-        if not isinstance(ours, Tensor) or not ours.is_floating_point() or ours.numel() == 0:
-            return
-        difference = (ours.detach().double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
-        allowed = 64 * torch.finfo(theirs.dtype).eps * max(1, len(self.sites)) ** 0.5
-        if not bool(difference <= allowed):
-            names = ", ".join(s.name for s in self.sites[:4])
-            raise VerificationError(
-                f"output {index} of the rewritten graph differs from the unmodified graph by {float(difference):.2e} (relative, "
-                f"allowed {allowed:.2e}); rewritten layers: {names}. Please report this with the output of `ultraep-compile dump`."
-            )

@@ -12,7 +12,7 @@ from torch import nn
 from ultraep_compile.backend import ultraep
 from ultraep_compile.config import Options
 from ultraep_compile.errors import OptionError
-from ultraep_compile.preparation import prepare, warm_up
+from ultraep_compile.preparation import prepare_call
 
 Model = TypeVar("Model", bound=type[nn.Module])
 
@@ -58,8 +58,7 @@ def _compile_at_first_call(model: nn.Module, options: Options) -> None:
     def first_call(*args: Any, **kwargs: Any) -> Any:
         model = reference()
         assert model is not None
-        prepare(model)
-        warm_up(model, *args, **kwargs)
+        prepare_call(model, *args, **kwargs)
         model.compile(backend=functools.partial(ultraep, options=options))
         return model(*args, **kwargs)
 

@@ -12,12 +12,14 @@ import torch
 from torch import fx, nn
 
 from ultraep_compile.config import Options
+from ultraep_compile.errors import SiteCountError
 from ultraep_compile.formulas import LayerCost, layer_cost
+from ultraep_compile.ladder.climb import Finding
 from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.passes.lift import Miss, Site
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
-from ultraep_compile.preparation import as_call, prepare
-from ultraep_compile.sharding import stacked_experts
+from ultraep_compile.preparation import as_call, prepare_call
+from ultraep_compile.roles import find_roles, no_roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,10 @@ class SiteReport:
     """Why it is not rewritten, or what proved it."""
     source: str = ""
     cost: LayerCost | None = None
+    rung: str = "traced"
+    """`traced` (the graph shows the experts as they are), `lifted` (from a recorded forward), `unbalanceable`, `missed`."""
+    matched: str = ""
+    """What was recognised."""
 
     def to_json(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cost"}
@@ -56,12 +62,14 @@ class Explanation:
     """Per graph: (pass, text), first the graph before any pass."""
     programs: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Generated row programs by site: source of forward and backward."""
+    roles: dict[str, list[str]] = field(default_factory=no_roles)
+    """Multimodal parts of the model, by structure: `encoders`, `projectors`, `llm`, `generators`."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "moe_sites": [s.to_json() for s in self.moe_sites],
             "coverage": {"expert_parameters": self.expert_parameters, "rewritten": self.rewritten_parameters},
-            "roles": {"encoders": [], "projectors": [], "llm": [], "generators": []},
+            "roles": self.roles,
             "graph_breaks": self.graph_breaks,
         }
 
@@ -76,6 +84,7 @@ class Explanation:
             sizes = f"{s.experts} experts, top-{s.top_k}, {s.gating}" if s.experts else "unknown sizes"
             lines.append(f"\n{s.name}: {s.status} ({sizes})")
             lines += [f"  {s.source}"] if s.source else []
+            lines += [f"  {s.rung}: {s.matched}"] if s.matched else []
             lines += [f"  {s.reason}"] if s.reason else []
             if s.cost is not None:
                 lines += [f"  {name:<15} {value}" for name, value in s.cost.items()]
@@ -87,57 +96,124 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], *, snapshots: bool = False) -> Explanation:
+def explain(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    snapshots: bool = False,
+    expect_moe_sites: int | None = None,
+) -> Explanation:
     """Compile a model's forward once, with every MoE layer rewritten for one rank, and report.
 
     Args:
         inputs: keyword arguments (mapping) or positional arguments of one forward.
         snapshots: keep the text of the graph after every pass.
+        expect_moe_sites: raise SiteCountError unless so many layers are rewritten; for continuous integration.
     """
-    prepare(model, inputs)
+    args, kwargs = as_call(inputs)
+    findings = prepare_call(model, *args, **kwargs)
     rewrites: list[Rewrite] = []
+    runs: list[Rewrite] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         rewrite = Rewrite(Options(ranks=1, redundant_experts=0), snapshots=[] if snapshots else None)
         rewrites.append(rewrite)
-        return run_passes(gm, rewrite).forward
+        run = run_passes(gm, rewrite).forward
+
+        def counted(*arguments: Any) -> Any:
+            runs.append(rewrite)  # layers may share one graph: it runs once for each of them
+            return run(*arguments)
+
+        return counted
 
     torch._dynamo.reset()
     breaks_before = dict(torch._dynamo.utils.counters["graph_break"])
-    args, kwargs = as_call(inputs)
     compiled = torch.compile(model, backend=backend)
     compiled(*args, **kwargs)
     breaks = torch._dynamo.utils.counters["graph_break"]
     reasons = [_first_lines(r) for r, n in breaks.items() if n > breaks_before.get(r, 0)]
     torch._dynamo.reset()
-    return _explanation(model, rewrites, reasons)
+    roles = find_roles(model, [f.path for f in findings if f.path], *args, **kwargs)
+    found = _explanation(model, findings, rewrites, runs, reasons, roles)
+    if expect_moe_sites is not None and found.rewritten() != expect_moe_sites:
+        raise SiteCountError(
+            f"expected {expect_moe_sites} MoE layers, {found.rewritten()} are rewritten.\n{found}\nMend the model by the reasons "
+            "above or correct the number."
+        )
+    return found
 
 
-def _explanation(model: nn.Module, rewrites: list[Rewrite], breaks: list[str]) -> Explanation:
+def _explanation(
+    model: nn.Module,
+    findings: list[Finding],
+    rewrites: list[Rewrite],
+    runs: list[Rewrite],
+    breaks: list[str],
+    roles: dict[str, list[str]],
+) -> Explanation:
     sites: list[SiteReport] = []
     programs: dict[str, tuple[str, str]] = {}
-    done = 0
-    for rewrite in rewrites:
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    held = lambda f: sum(sizes[n] for n in f.parameters) if f.rung == "lifted" else 0  # noqa: E731
+    open_findings = [f for f in findings if f.rung in ("traced", "lifted")]
+    done, beside = 0, 0
+    for rewrite in runs:
         for site, made in zip(rewrite.sites, rewrite.prepared.values(), strict=True):
-            sites.append(_rewritten(site, made))
-            done += sum(p.meta["example_value"].numel() for p in site.params)
-            programs[site.name] = (made.program.forward_module.code, made.program.backward_module.code)
+            numbers = sum(p.meta["example_value"].numel() for p in site.params)
+            finding = _finding_of(site.name, open_findings)
+            name = _full_name(site.name, finding)
+            if finding is None:  # a layer that shares the graph of another
+                alike = [f for f in open_findings if f.rung == "lifted" and f.experts == site.experts and held(f) >= numbers]
+                finding, name = (alike[0], alike[0].path) if alike else (None, name)
+            if finding is not None:
+                open_findings.remove(finding)
+                numbers = max(numbers, held(finding))  # a parameter may have parts that no expert uses
+            else:
+                beside += numbers
+            sites.append(_rewritten(name, site, made, finding))
+            done += numbers
+            programs[sites[-1].name] = (made.program.forward_module.code, made.program.backward_module.code)
+    for rewrite in rewrites:
         sites += [_missed(m) for m in rewrite.misses]
-    structural = list(stacked_experts(model))
-    total = sum(module._parameters[n].numel() for _, module, _, names in structural for n in names)  # pyright: ignore
-    sites += _lost_to_graph_breaks(structural, sites, breaks)
+    said = {s.name for s in sites}
+    for finding in findings:
+        if finding.rung in ("unbalanceable", "missed") and finding.path not in said:
+            sites.append(_not_rewritten(finding, finding.rung, finding.reason))
+    broken = f"the first graph break was: {breaks[0]}" if breaks else "the forward did not come there"
+    for finding in open_findings:
+        if not any(s.status == "missed" and _related(s.name, finding.path) for s in sites):
+            sites.append(_not_rewritten(finding, "missed", f"its experts are in no captured graph; {broken}"))
+    total = sum(sizes[n] for n in {n for f in findings for n in f.parameters})
     return Explanation(
         moe_sites=sites,
-        expert_parameters=max(total, done),
+        expert_parameters=max(total + beside, done),
         rewritten_parameters=done,
         graph_breaks=breaks,
         graphs=len(rewrites),
         snapshots=[r.snapshots for r in rewrites if r.snapshots],
         programs=programs,
+        roles=roles,
     )
 
 
-def _rewritten(site: Site, made: ExpertSite) -> SiteReport:
+def _finding_of(name: str, findings: list[Finding]) -> Finding | None:
+    """What `prepare` found where a graph has a site. After a graph break, names in a graph are relative."""
+    near = [f for f in findings if _related(name, f.path)]
+    return near[0] if near else next((f for f in findings if f".{name}." in f".{f.path}."), None)
+
+
+def _related(a: str, b: str) -> bool:
+    return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") or not b
+
+
+def _full_name(name: str, finding: Finding | None) -> str:
+    if finding is None or not finding.path or _related(name, finding.path):
+        return name
+    at = f".{finding.path}.".find(f".{name}.")
+    return finding.path[: at + len(name)]
+
+
+def _rewritten(name: str, site: Site, made: ExpertSite, finding: Finding | None) -> SiteReport:
     program, facts = made.program, made.program.signature
     row_bytes = facts.rows.elements * facts.rows.dtype.itemsize
     cost = layer_cost(
@@ -149,25 +225,22 @@ def _rewritten(site: Site, made: ExpertSite) -> SiteReport:
         kept_bytes=program.kept_bytes_per_row,
         expert_bytes=sum(p.elements * p.dtype.itemsize for p in facts.params),
     )
+    rung = finding.rung if finding else "traced"
     proof = "row function proven on permuted, padded and poisoned rows"
-    return SiteReport(site.name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost)
+    matched = finding.reason if finding and rung == "lifted" else f"goes by expert ids {site.ids.name} to {site.anchors[0].name}"
+    return SiteReport(
+        name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched
+    )
 
 
 def _missed(miss: Miss) -> SiteReport:
-    return SiteReport(miss.name, "missed", None, None, None, miss.reason, miss.source)
+    return SiteReport(miss.name, "missed", None, None, None, miss.reason, miss.source, rung="missed")
 
 
-def _lost_to_graph_breaks(structural: list, sites: list[SiteReport], breaks: list[str]) -> list[SiteReport]:
-    """Stacked experts that no captured graph shows, if the capture was broken."""
-    if not breaks:
-        return []
-    known = [s.name for s in sites]
-    out = []
-    for name, _, experts, _ in structural:
-        if not any(name == k or name.startswith(k + ".") or k.startswith(name + ".") for k in known):
-            reason = f"its experts are in no captured graph; the first graph break was: {breaks[0]}"
-            out.append(SiteReport(name, "missed", experts, None, None, reason))
-    return out
+def _not_rewritten(finding: Finding, status: str, reason: str) -> SiteReport:
+    return SiteReport(
+        finding.path, status, finding.experts, finding.top_k, None, reason, finding.source, rung=finding.rung
+    )
 
 
 def _first_lines(reason: str) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from ultraep_compile.ladder.climb import Finding, candidates, climb, watched
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +23,44 @@ def prepare(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] 
       dtype, are switched to a form that can (`set_experts_implementation`).
     * One eager forward lets the model install what it installs on first use (hooks for recorded outputs), which breaks
       graphs if it happens while compiling. Random state and buffers are as before.
+    * Experts that a compiler still could not see (loops, capacity buffers, dense products) are lifted: the forward of
+      their module is replaced under compilers, after outputs and gradients agreed with eager on probe batches.
 
     Args:
-        example_inputs: keyword arguments (mapping) or positional arguments (tuple, list) of one forward; None skips it.
+        example_inputs: keyword arguments (mapping) or positional arguments (tuple, list) of one forward; None does the
+          first step only.
     """
-    _choose_experts_implementation(model)
-    if example_inputs is not None:
+    if example_inputs is None:
+        _choose_experts_implementation(model)
+    else:
         args, kwargs = as_call(example_inputs)
-        warm_up(model, *args, **kwargs)
+        prepare_call(model, *args, **kwargs)
     return model
+
+
+def prepare_call(model: nn.Module, *args: Any, **kwargs: Any) -> list[Finding]:
+    """`prepare` with the arguments of one call; what was found on the way, kept for `findings_of`."""
+    _choose_experts_implementation(model)
+    found = candidates(model)
+    done = watched(model, found)
+    try:
+        warm_up(model, *args, **kwargs)
+    finally:
+        calls = done()
+    earlier = {f.path: f for f in findings_of(model)}
+    with _buffers_kept(model):
+        now = climb(model, found, calls)
+    kept = [f for f in earlier.values() if f.rung == "lifted" and f.path not in {n.path for n in now}]
+    _findings[model] = [*now, *kept]
+    return _findings[model]
+
+
+_findings: weakref.WeakKeyDictionary[nn.Module, list[Finding]] = weakref.WeakKeyDictionary()
+
+
+def findings_of(model: nn.Module) -> list[Finding]:
+    """What the last `prepare` with inputs found in a model."""
+    return _findings.get(model, [])
 
 
 def as_call(inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

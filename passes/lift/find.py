@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from ultraep_compile.passes.lift.anchors import anchor_params, feeds_product, find_anchors, is_weighty
+from ultraep_compile.passes.lift.called import called_sites
 from ultraep_compile.passes.lift.cut import cut
 from ultraep_compile.passes.lift.gating import find_gating
 from ultraep_compile.passes.lift.lifter import Lifter, Stale
@@ -27,7 +28,11 @@ def find_moe_sites(gm: fx.GraphModule) -> list[Site | Miss]:
     why not.
     """
     search = _Search(GraphFacts(gm))
-    return [found for ids, anchors in find_anchors(search.facts).items() for found in search.all_by(ids, anchors)]
+    called = list(called_sites(search.facts))
+    for site in called:
+        search.names.add(site.name)
+    found = [found for ids, anchors in find_anchors(search.facts).items() for found in search.all_by(ids, anchors)]
+    return [*called, *found]
 
 
 class _Search:

@@ -40,6 +40,14 @@ _MOVED = "ultraep_moved"
 """Key in the graph module's meta: node that held the output of a replaced site -> node that holds it now."""
 
 
+def where_now(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node that holds the output of a replaced site."""
+    moved: dict[fx.Node, fx.Node] = gm.meta.get(_MOVED, {})
+    while node in moved:
+        node = moved[node]
+    return node
+
+
 def _with_moved_sources(site: Site, moved: dict[fx.Node, fx.Node]) -> Site:
     """A site found before another was replaced may read the other's output."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +29,19 @@ class SiteWatch:
 
 
 _watched: dict[str, SiteWatch] = {}
+_set_aside: dict[str, SiteWatch] = {}
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Record nothing inside the block: what runs there is a check, not the user's step."""
+    _set_aside.update(_watched)
+    _watched.clear()
+    try:
+        yield
+    finally:
+        _watched.update(_set_aside)
+        _set_aside.clear()
 
 
 def start(site: str, layer: str, recorder: Recorder | None, group: str) -> None:

@@ -1,0 +1,118 @@
+"""The proof: a new forward against the module's own, outputs and gradients, on batches of several sizes and routings."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ultraep_compile.ladder.probes import resized
+from ultraep_compile.ladder.recording import Call
+from ultraep_compile.passes.lift.values import Refusal
+
+log = logging.getLogger(__name__)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+SEEDS = (1, 2, 3)
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout as in eval: random draws in another order are no difference."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def in_mode(owner: nn.Module, training: bool) -> Iterator[None]:
+    before = {m: m.training for m in owner.modules()}
+    owner.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def check(
+    owner: nn.Module, function: Callable, call: Call, leads: list[tuple[int, ...]], seeds: tuple[int, ...] = SEEDS
+) -> None:
+    """Outputs and gradients of the new forward against the module's own, on batches of several sizes and routings.
+
+    Raises: Refusal that says what differs.
+    """
+    owner_call = lambda *a, **k: type(owner).forward(owner, *a, **k)  # noqa: E731
+    probes = [(lead, seed, False) for lead, seed in zip(leads, itertools.cycle(seeds), strict=False)]
+    checked = 0
+    for lead, seed, skewed in [*probes, *((leads[0], seed, True) for seed in seeds), (leads[-1], seeds[0], True)]:
+        batch = resized(call, lead, 100 + seed, skewed=skewed)
+        try:
+            old = _step(owner, owner_call, batch, seed)
+        except Exception as reason:
+            log.debug("the module itself takes no batch of %s tokens", lead, exc_info=reason)
+            continue
+        checked += 1
+        try:
+            new = _step(owner, lambda *a, **k: function(owner, *Call(a, k).inputs()), batch, seed)
+        except Exception as error:
+            raise Refusal(f"the replayed forward fails on another batch: {type(error).__name__} {error}") from error
+        _compare(old, new)
+    if checked < 3:
+        raise Refusal("its own forward fails on all but one or two probe batches")
+
+
+def _step(owner: nn.Module, run: Callable, batch: Call, seed: int) -> dict[str, Tensor]:
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in batch.tensors()]
+    fresh = batch.with_tensors([t.clone() if t.is_floating_point() else t for t in leaves])
+    kept = [(b, b.detach().clone()) for b in owner.buffers()]
+    devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), NoDropout(), torch.enable_grad():
+        torch.manual_seed(seed)
+        result = run(*fresh.args, **fresh.kwargs)
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+        results |= {f"buffer {i}": b.detach().clone() for i, (b, _) in enumerate(kept)}
+        total = sum((_weighted(t, i) for i, t in enumerate(outputs) if t.requires_grad), start=torch.zeros(()))
+        named = [(n, p) for n, p in owner.named_parameters() if p.requires_grad]
+        wanted = [*(t for t in leaves if t.requires_grad), *(p for _, p in named)]
+        names = [*(f"input {i}" for i, t in enumerate(leaves) if t.requires_grad), *(n for n, _ in named)]
+        grads = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+    with torch.no_grad():
+        for buffer, value in kept:
+            buffer.copy_(value)
+    return results | {
+        f"gradient of {n}": torch.zeros_like(w) if g is None else g for n, w, g in zip(names, wanted, grads, strict=True)
+    }
+
+
+def _weighted(tensor: Tensor, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    direction = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+    return (tensor.float() * direction).sum().cpu()
+
+
+def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    if old.keys() != new.keys():
+        raise Refusal("the replayed forward returns other tensors than the module's own")
+    scale = max((float(t.double().norm()) for n, t in old.items() if n.startswith("gradient")), default=0.0)
+    for name, was in old.items():
+        now = new[name]
+        if was.shape != now.shape or was.dtype != now.dtype:
+            raise Refusal(f"{name} of the replayed forward is {now.dtype} {list(now.shape)}, not {was.dtype} {list(was.shape)}")
+        if not was.is_floating_point():
+            if not torch.equal(was, now):
+                raise Refusal(f"{name} of the replayed forward differs")
+            continue
+        error = float((was.double() - now.double()).norm())
+        size = float(was.double().norm())
+        floor = 1e-7 * scale if name.startswith("gradient") else 0.0
+        if not error <= _TOLERANCE.get(was.dtype, 1e-4) * size + floor + 1e-12:
+            raise Refusal(f"{name} of the replayed forward differs by {error / max(size, 1e-30):.1e} (relative)")

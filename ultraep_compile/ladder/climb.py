@@ -1,0 +1,280 @@
+"""Find everything in a model that holds experts, and bring each to a form that a compiler can see: rung by rung.
+
+1. `traced`: the compiler's graph of the module shows its experts as they are.
+2. `lifted`: it does not (a loop over experts, capacity buffers, dense products); the experts are lifted from a recorded
+   eager forward and the module's forward is replaced under a compiler, after a check against eager.
+3. `unbalanceable`, `missed`: reported with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
+from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
+from ultraep_compile.ladder.layer import lift_layer, recheck
+from ultraep_compile.ladder.recording import Call
+from ultraep_compile.ladder.routing import Missed, Unbalanceable
+from ultraep_compile.passes.lift import Site, find_moe_sites
+from ultraep_compile.passes.lift.values import Refusal
+
+log = logging.getLogger(__name__)
+_LEVELS = 3
+"""How far above the experts the routing may stand."""
+_MOST = 16
+"""A layer's parameters, over those of its experts, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One place with experts, or what looked like one."""
+
+    path: str
+    """Module whose forward contains routing and experts, or experts alone."""
+    rung: str
+    """`traced`, `lifted`, `unbalanceable` or `missed`."""
+    reason: str
+    parameters: tuple[str, ...]
+    """Per-expert parameters, as in `named_parameters()`."""
+    experts: int | None = None
+    top_k: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    holder: str
+    group: Siblings | None
+    parameters: tuple[str, ...]
+    stacked: bool
+
+
+@dataclass(slots=True)
+class Calls:
+    """What a forward of the model shows of the modules in question."""
+
+    wanted: set[str]
+    first: dict[str, Call] = field(default_factory=dict)
+    chained: set[str] = field(default_factory=set)
+    """Containers whose children feed one another: layers, not experts."""
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """By structure; outermost first."""
+    found = []
+    for group in siblings(model):
+        found.append(Candidate(group.container, group, tuple(group.parameters()), False))
+    for path, module in raw_owners(model):
+        own = {f"{path}.{n}" if path else n: p for n, p in module.named_parameters(recurse=False) if p.dim() >= 2}
+        found.append(Candidate(path, None, tuple(own), any(p.dim() >= 3 and p.shape[0] >= FEWEST for p in own.values())))
+    return found
+
+
+def watched(model: nn.Module, found: list[Candidate]) -> Callable[[], Calls]:
+    """Hook the modules in question; the function returned takes the hooks away and gives what they saw."""
+    representatives: dict[tuple, str] = {}
+    for candidate in found:
+        representatives.setdefault(_kind(model, candidate), candidate.holder)
+    wanted = {p for holder in representatives.values() for p in _upwards(holder)}
+    calls, handles = Calls(wanted), []
+    modules = dict(model.named_modules())
+
+    def remember(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.first.setdefault(path, Call(args, dict(kwargs)))
+
+        return hook
+
+    for path in wanted:
+        handles.append(modules[path].register_forward_pre_hook(remember(path), with_kwargs=True))
+    for candidate in found:
+        if candidate.group:
+            handles += _watch_chain(modules, candidate.group, calls)
+
+    def done() -> Calls:
+        for handle in handles:
+            handle.remove()
+        return calls
+
+    return done
+
+
+def _watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) -> list[Any]:
+    made: list[weakref.ref] = []
+    prefix = f"{group.container}." if group.container else ""
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(ref() is t for ref in made for t in given):
+            calls.chained.add(group.container)
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        made[:] = [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    handles = []
+    for name in group.names:
+        child = modules[prefix + name]
+        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(child.register_forward_hook(after))
+    return handles
+
+
+def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Finding]:
+    """Settle every candidate. Modules are given new forwards in place; nothing else of the model changes."""
+    findings: list[Finding] = []
+    settled: set[str] = set()
+    kinds: dict[tuple, list[Candidate]] = {}
+    for candidate in found:
+        kinds.setdefault(_kind(model, candidate), []).append(candidate)
+    for alike in kinds.values():
+        if alike[0].group and alike[0].holder in calls.chained:
+            continue
+        alike = [c for c in alike if not settled.issuperset(c.parameters)]
+        if not alike:
+            continue
+        for finding in _settle(model, alike, calls):
+            findings.append(finding)
+            settled |= set(finding.parameters)
+    order = {n: i for i, (n, _) in enumerate(model.named_parameters())}
+    return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
+
+
+def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[Finding]:
+    """All candidates of one kind by what works for the first."""
+    first = alike[0]
+    levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _is_plain(calls.first[p])]
+    levels = [p for p in levels if _is_layer(model, p, alike)]
+    if first.stacked and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
+        for each in alike:
+            yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
+        return
+    verdict: Refusal | None = None
+    for path in levels:
+        owner = model.get_submodule(path)
+        if lifted_layer(owner) is not None:
+            return
+        try:
+            layer = lift_layer(owner, path, calls.first[path], _inside(first.group, path))
+        except (Unbalanceable, Missed) as reason:
+            verdict = verdict if isinstance(verdict, Unbalanceable) else reason
+        except Refusal as reason:
+            log.debug("%s is not lifted at %r: %s", first.holder, path, reason)
+        except Exception as fault:  # an oddity of one module must not stop the model
+            log.debug("%s is not lifted at %r", first.holder, path, exc_info=fault)
+        else:
+            yield from _installed(model, alike, first, path, layer, calls)
+            return
+    if verdict is not None:
+        rung = "unbalanceable" if isinstance(verdict, Unbalanceable) else "missed"
+        for each in alike:
+            experts = len(each.group.names) if each.group else None
+            yield Finding(each.holder, rung, str(verdict), each.parameters, experts)
+
+
+def _installed(
+    model: nn.Module, alike: list[Candidate], first: Candidate, path: str, layer: LiftedLayer, calls: Calls
+) -> Iterator[Finding]:
+    above = len(_parts(first.holder)) - len(_parts(path))
+    for each in alike:
+        here = ".".join(_parts(each.holder)[: len(_parts(each.holder)) - above])
+        owner = model.get_submodule(here)
+        facts: LayerFacts = layer.facts
+        parameters = tuple(f"{here}.{n}" if here else n for n in facts.parameters)
+        try:
+            if each is not first:
+                recheck(owner, layer, calls.first[path])
+        except Refusal as reason:
+            yield Finding(here, "missed", str(reason), parameters, facts.experts)
+            continue
+        if lifted_layer(owner) is None:
+            install(owner, layer)
+        if facts.counted:
+            keep_counts(model.get_submodule(_caller(here, path, calls)))
+        log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
+        only = "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
+        why = f"experts called {facts.form}{only}, lifted from a recorded forward; outputs and gradients checked against eager"
+        yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
+
+
+def _caller(here: str, path: str, calls: Calls) -> str:
+    """The module whose forward calls this one, by what was seen of its representative."""
+    above = next((p for p in _upwards(path)[1:] if p in calls.first), "")
+    return ".".join(_parts(here)[: len(_parts(above))])
+
+
+def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> bool:
+    """Does the compiler's graph of a module show all of a candidate's stacked parameters as one site?"""
+    module = model.get_submodule(path)
+    parameters = [model.get_parameter(n) for n in candidate.parameters]
+    wanted = sum(p.numel() for p in parameters if p.dim() >= 3 and p.shape[0] >= FEWEST)
+    covered = 0
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        nonlocal covered
+        for site in find_moe_sites(gm):
+            if isinstance(site, Site) and site.anchors[0].target is not torch.ops.ultraep.experts.default:
+                covered += sum(p.meta["example_value"].numel() for p in site.params)
+        return gm.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    forward.__code__ = forward.__code__.replace()  # a code object of its own: compiled graphs are counted by it
+    copied = call.with_tensors([t.detach().clone() for t in call.tensors()])
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # a module that cannot be traced alone is no error
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.compile(forward, backend=backend, dynamic=False)(*copied.args, **copied.kwargs)
+    except Exception as fault:
+        log.debug("%s cannot be traced alone", path, exc_info=fault)
+    finally:
+        logging.disable(before)
+    return covered >= wanted > 0
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+
+def _parts(path: str) -> list[str]:
+    return path.split(".") if path else []
+
+
+def _upwards(path: str) -> list[str]:
+    parts = _parts(path)
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _kind(model: nn.Module, candidate: Candidate) -> tuple:
+    roles = (candidate.group.names, candidate.group.roles) if candidate.group else ()
+    return (*like_layers(model, candidate.holder), roles)
+
+
+def _is_plain(call: Call) -> bool:
+    """Arguments without state: a cache would be written to by running the module again."""
+    plain = (Tensor, int, float, str, bool, type(None), torch.dtype, torch.device)
+    return all(isinstance(a, plain) for a in pytree.tree_leaves((call.args, call.kwargs)))
+
+
+def _is_layer(model: nn.Module, path: str, alike: list[Candidate]) -> bool:
+    """A module above several layers of a kind is no layer, nor is one in which experts would be a small part."""
+    prefix = f"{path}." if path else ""
+    if len(alike) > 1 and sum(c.holder == path or c.holder.startswith(prefix) for c in alike) > 1:
+        return False
+    experts = sum(model.get_parameter(n).numel() for n in alike[0].parameters)
+    return sum(p.numel() for p in model.get_submodule(path).parameters()) <= _MOST * experts
+
+
+def _inside(group: Siblings | None, path: str) -> Siblings | None:
+    if group is None:
+        return None
+    container = group.container[len(path) :].lstrip(".") if path else group.container
+    return Siblings(container, group.names, group.roles)

@@ -1,0 +1,154 @@
+"""New forwards put in place: under a compiler only, on one module only, with everything else as it was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultraep_compile.ladder.recording import Call, is_sizes
+from ultraep_compile.passes.lift.values import Refusal
+
+
+@dataclass(slots=True)
+class LayerFacts:
+    """What is known of a lifted (or refused) layer."""
+
+    experts: int | None = None
+    top_k: int | None = None
+    gating: str | None = None
+    parameters: tuple[str, ...] = ()
+    """Per-expert parameters, as paths inside the module."""
+    form: str = ""
+    """How the experts were called: `one by one` or `together`."""
+    counted: bool = False
+    """Python counts the rows of each expert: numbers that a compiler must be told to keep in its graph."""
+    source: str = ""
+    lead: tuple[int, ...] | None = None
+    """The only shape of tokens that the new forward is good for; None for any."""
+
+
+@dataclass(slots=True)
+class LiftedLayer:
+    """New forwards of one module, by training mode."""
+
+    facts: LayerFacts
+    functions: dict[bool, Callable]
+    pattern: Pattern
+    sources: dict[bool, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """What must be equal for another call to take the same way: which arguments are tensors, and all others' values."""
+
+    names: tuple[str, ...]
+    """Of the forward's positional parameters."""
+    defaults: dict[str, Any]
+    kinds: dict[str, tuple[str, Any]]
+    """Parameter -> `tensor` and its dims, `sizes` and their number, or `value` and that value; in the order of the call."""
+
+    @classmethod
+    def of(cls, owner: nn.Module, call: Call) -> Pattern:
+        signature = inspect.signature(type(owner).forward)
+        plain = [p for p in list(signature.parameters.values())[1:] if p.kind is not p.VAR_POSITIONAL]
+        names = tuple(p.name for p in plain if p.kind is not p.KEYWORD_ONLY and p.kind is not p.VAR_KEYWORD)
+        defaults = {p.name: p.default for p in plain if p.default is not p.empty}
+        pattern = cls(names, defaults, {})
+        given = pattern.arguments(call.args, call.kwargs)
+        kinds = {name: _kind(value) for name, value in given.items()}
+        known = sum(kind == "tensor" for kind, _ in kinds.values())
+        if known != len(call.tensors()):
+            raise Refusal("its forward takes tensors inside of other arguments")
+        return cls(names, defaults, {**{n: kinds[n] for n in given}, **{n: _kind(v) for n, v in defaults.items() if n not in given}})
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, however they were passed; those beyond the named ones by place."""
+        out = {}
+        for place, value in enumerate(args):
+            out[self.names[place] if place < len(self.names) else str(place)] = value
+        for name, value in kwargs.items():
+            out[name] = value
+        return out
+
+    def inputs(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """What the new forward is given, or None for a call of another kind."""
+        given = self.arguments(args, kwargs)
+        tensors, sizes = [], []
+        for name in given:
+            if name not in self.kinds:
+                return None
+        for name, (kind, wanted) in self.kinds.items():
+            value = given[name] if name in given else self.defaults.get(name)
+            if kind == "tensor" and isinstance(value, Tensor) and value.dim() == wanted:
+                tensors.append(value)
+            elif kind == "sizes" and isinstance(value, (list, tuple)) and is_sizes(value) and len(value) == wanted:
+                sizes.append(value)
+            elif kind != "value" or isinstance(value, Tensor) or value != wanted:
+                return None
+        return tensors + [torch.tensor(s, device=tensors[0].device) for s in sizes]
+
+
+def _kind(value: Any) -> tuple[str, Any]:
+    if isinstance(value, Tensor):
+        return "tensor", value.dim()
+    return ("sizes", len(value)) if is_sizes(value) else ("value", value)
+
+
+_LAYER = "_ultraep_lifted_layer"
+
+
+def install(owner: nn.Module, layer: LiftedLayer) -> None:
+    """Give a module a class of its own whose forward, under a compiler, is the lifted one. Nothing else changes."""
+    base = type(owner)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self.training in layer.functions:
+            tensors = layer.pattern.inputs(args, kwargs)
+            if tensors is not None and _good_for(layer.facts.lead, tensors):
+                return layer.functions[self.training](self, *tensors)
+        return base.forward(self, *args, **kwargs)
+
+    _swap_class(owner, {"forward": forward, _LAYER: layer})
+
+
+def keep_counts(owner: nn.Module) -> None:
+    """Let a compiler keep numbers that Python reads from tensors inside this module (`tolist`) in its graph."""
+    base = type(owner)
+    if hasattr(base, _COUNTS):
+        return
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+                return base.forward(self, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    _swap_class(owner, {"forward": forward, _COUNTS: True})
+
+
+_COUNTS = "_ultraep_keeps_counts"
+
+
+def _swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
+    """Another class for one module; pickles and copies of it are of the unmodified class."""
+    base = type(owner)
+    plain = next(c for c in base.__mro__ if "_ultraep_plain" not in vars(c))
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return plain.__new__, (plain,), self.__getstate__()
+
+    members = {**members, "__reduce_ex__": reduce, "__module__": base.__module__, "_ultraep_plain": plain}
+    owner.__class__ = type(base.__name__, (base,), members)
+
+
+def lifted_layer(module: nn.Module) -> LiftedLayer | None:
+    return getattr(type(module), _LAYER, None)
+
+
+def _good_for(lead: tuple[int, ...] | None, tensors: list[Tensor]) -> bool:
+    return lead is None or any(tuple(t.shape[:-1]) == lead for t in tensors)

@@ -1,0 +1,308 @@
+"""Lift the experts of one module: record, find the experts, write the new forward, prove it equal."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ultraep_compile.ladder.check import SEEDS, check, in_mode
+from ultraep_compile.ladder.groups import Siblings
+from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
+from ultraep_compile.ladder.lifted import caller, reference_caller
+from ultraep_compile.ladder.probes import main_input, probe_leads, resized
+from ultraep_compile.ladder.recording import Call, Recording, record
+from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, find_parts, region_to, row_count
+from ultraep_compile.ladder.replay import Replay
+from ultraep_compile.ladder.routing import Missed, Routing, Slots, Sources, Unbalanceable, judge, measure, sources
+from ultraep_compile.ladder.rows import RowFunction, row_function
+from ultraep_compile.passes.lift.called import LiftedExperts
+from ultraep_compile.passes.lift.nodes import op_name
+from ultraep_compile.passes.lift.values import Refusal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Analysis:
+    parts: Parts
+    routing: Routing
+    slots: Slots
+    rows: RowFunction
+    scaled: bool
+    weights: Tensor
+
+
+def lift_layer(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> LiftedLayer:
+    """New forwards for a module that contains experts.
+
+    Args:
+        call: one real call of the module.
+        group: the sibling modules that are its experts, with paths inside the module; None where parameters hold them.
+    Raises: Refusal with the reason, Unbalanceable where the loads are equal by construction.
+    """
+    if "forward" in vars(owner):
+        raise Refusal("its forward was replaced on the instance")
+    pattern = Pattern.of(owner, call)
+    with in_mode(owner, owner.training):
+        function, text, facts = _lift(owner, name, call, group)
+    layer = LiftedLayer(facts, {owner.training: function}, pattern, {owner.training: text})
+    try:
+        with in_mode(owner, not owner.training):
+            function, text, there = _lift(owner, name, call, group)
+    except Refusal as reason:
+        log.info("%s stays as it is with training=%s: %s", name, not owner.training, reason)
+    else:
+        layer.functions[not owner.training], layer.sources[not owner.training] = function, text
+        facts.lead = facts.lead or there.lead
+    return layer
+
+
+def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tuple[Callable, str, LayerFacts]:
+    owned = group.parameters() if group else {}
+    count = len(group.names) if group else 0
+    leads = probe_leads(call, count or _leading(owner))
+    problem: Refusal | None = None
+    for leaves in (_leaves(owner, owned, group), {}):
+        try:
+            return _attempt(owner, name, call, owned, count, leads, leaves)
+        except Unbalanceable:
+            raise
+        except Refusal as reason:
+            if problem is None or isinstance(reason, Missed):
+                problem = reason
+            if not leaves:
+                break
+    assert problem is not None
+    if isinstance(problem, Missed):  # sizes that Python computes: good for the numbers of tokens that were seen
+        own = tuple(main_input(call).shape[:-1])
+        with contextlib.suppress(Refusal):
+            function, text, facts = _attempt(owner, name, call, owned, count, [own] * 4, _leaves(owner, owned, group))
+            facts.lead = own
+            return function, text, facts
+    raise problem
+
+
+def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, str, LayerFacts]:
+    first, second = (record(owner, resized(call, lead, seed), leaves) for seed, lead in enumerate(leads[:2]))
+    if any(" over " in c for c in first.collectives):
+        raise Unbalanceable(
+            f"it is expert-parallel already: its forward exchanges rows by {first.collectives[0]}. Build it over one rank, or leave "
+            "the balance to its own dispatcher"
+        )
+    parts = find_parts(first, owned, count)
+    tokens = math.prod(leads[0])
+    problem: Refusal | None = None
+    for found in _analyse(first, parts, tokens):
+        try:
+            return _with_sources(owner, name, call, first, second, found, leads)
+        except Refusal as reason:
+            problem = problem if isinstance(problem, Unbalanceable) else problem or reason
+    assert problem is not None
+    raise problem
+
+
+def _with_sources(owner, name, call, first, second, found: _Analysis, leads) -> tuple[Callable, str, LayerFacts]:
+    parts = found.parts
+    problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
+    if found.slots.fixed and ALL not in parts.present and bool((found.slots.inputs != 0).any(1).all()):
+        problem = Unbalanceable(
+            "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
+            "equal by construction, there is nothing to balance"
+        )
+    for way in sources(first, parts, found.routing, parts.experts, found.weights):
+        try:
+            return _written(owner, name, call, first, second, found, way, leads)
+        except Refusal as reason:
+            problem = problem if isinstance(problem, Unbalanceable) else Missed(str(reason))
+    raise problem
+
+
+def _analyse(recording: Recording, parts: Parts, tokens: int) -> list[_Analysis]:
+    """Regions, the cut where the experts' output stands, slots, tokens and factors."""
+    present = sorted(parts.present)
+    if not present or (ALL not in present and len(present) < 2):
+        raise Refusal(f"{len(present)} experts ran on the probe batch, expected several")
+    ends = {e: ends_of(recording, parts, e) for e in present}
+    problem = Refusal("its experts' computations end in no common tensor")
+    for position in range(min(map(len, ends.values()))):
+        try:
+            return _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present})
+        except Unbalanceable:
+            raise
+        except Refusal as reason:
+            if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
+                problem = reason
+    counts = {row_count(recording.raw[all_ends[0]]) for all_ends in ends.values() if all_ends}
+    raise problem if len(counts) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
+
+
+def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node]) -> list[_Analysis]:
+    regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
+    codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
+    if len(set(codes.values())) > 1:
+        first = next(iter(codes))
+        other = next(e for e in codes if codes[e] != codes[first])
+        raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
+    plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
+    slots = _slots(recording, parts, regions, plain)
+    try:
+        routings = measure(recording, parts, tokens, slots, parts.experts)
+    except Unbalanceable:
+        raise
+    except Refusal as reason:
+        raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
+    judge(routings[0])
+    return [_weighed(recording, parts, next(iter(regions.values())), next(iter(plain.values())), slots, r) for r in routings]
+
+
+def _weighed(
+    recording: Recording, parts: Parts, region: Region, rows: RowFunction, slots: Slots, routing: Routing
+) -> _Analysis:
+    """Where the routing weights are used: on rows before the experts, inside, or on what comes out."""
+    before, after, sent = routing.before, routing.after, routing.sent
+    weighs_before = bool(((before[sent] - 1).abs() > 1e-4).any())
+    weighs_after = bool(((after[sent] - 1).abs() > 1e-4).any())
+    if weighs_before + weighs_after + (rows.weight is not None) > 1:
+        raise Refusal("rows are weighted twice, before and after the experts")
+    if weighs_before:
+        return _Analysis(parts, routing, slots, row_function(recording, parts, region, scaled=True), True, before)
+    if rows.weight is not None:
+        assert slots.inner is not None
+        inner, live = torch.zeros_like(before), routing.owner >= 0
+        inner[routing.owner[live], slots.expert[live]] = slots.inner.double()[live]
+        return _Analysis(parts, routing, slots, rows, True, inner)
+    return _Analysis(parts, routing, slots, rows, False, after)
+
+
+def _slots(
+    recording: Recording, parts: Parts, regions: dict[int, Region], functions: dict[int, RowFunction]
+) -> Slots:
+    inputs, outputs, experts, inner, counts = [], [], [], [], set()
+    for expert, region in regions.items():
+        x, y = recording.values[functions[expert].rows], recording.values[region.end]
+        n = row_count(y)
+        if expert == ALL:
+            axis = [d for d in range(x.dim() - 1) if x.shape[d] == parts.experts]
+            if not axis:
+                raise Refusal(f"the experts' input {list(x.shape)} has no dim of {parts.experts} experts")
+            shape = [1] * (x.dim() - 1)
+            shape[axis[0]] = parts.experts
+            number = torch.arange(parts.experts).view(shape).expand(x.shape[:-1]).reshape(-1)
+        else:
+            number = torch.full((n,), expert)
+        counts.add(n)
+        if (weight := functions[expert].weight) is not None:
+            inner.append(recording.values[weight].reshape(n))
+        inputs.append(x.reshape(n, -1))
+        outputs.append(y.reshape(n, -1))
+        experts.append(number)
+    fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
+    mixed = _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
+    return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), torch.cat(inner) if inner else None, fixed, mixed)
+
+
+def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
+    """Does one row of the experts' input depend on several tokens, however they were routed?"""
+    states = next((recording.raw[n] for n in recording.inputs if recording.raw[n].is_floating_point()), None)
+    if states is None or not rows.requires_grad or not states.requires_grad:
+        return False
+    row = rows.reshape(row_count(rows), -1)[0]
+    direction = torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(row)
+    (grad,) = torch.autograd.grad((row * direction).sum(), states, allow_unused=True, retain_graph=True)
+    return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
+
+
+def _written(owner, name, call, first, second, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:
+    form = "together" if ALL in found.parts.present else "one by one"
+    source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
+    gating = gating_of(owner, call, leads[2])
+    place = ".".join(p for p in (name, _common_path(found)) if p) or type(owner).__name__
+    lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source, gating, place)
+    reference = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
+    check(owner, reference.function(), call, leads)
+    params = [_stacked_like(owner, found, role) for role in found.rows.roles]
+    consts = [first.raw[c].detach() for c in found.rows.consts]
+    weight = first.raw[way.weight] if found.scaled and way.weight is not None else None
+    run = caller(name or "model", lifted, first.raw[found.routing.table].flatten(0, -2), weight, params, consts)
+    replay = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, run)
+    function = replay.function()
+    holders = tuple(n for role in found.rows.roles for n in found.parts.holders[role])
+    return function, replay.source, LayerFacts(found.parts.experts, way.choices, None, holders, form, way.ids_form == "sizes", source)
+
+
+def _common_path(found: _Analysis) -> str:
+    """The innermost module that holds all experts."""
+    paths = [n.split(".")[:-1] for role in found.rows.roles for n in found.parts.holders[role]]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def gating_of(owner: nn.Module, call: Call, lead: tuple[int, ...]) -> str:
+    """The form of the gating, by the ops before the experts. Evidence for the report, never a condition."""
+    names = []
+    for node in record(owner, resized(call, lead, 0), {}).graph.nodes:
+        if node.op.startswith("call"):
+            names.append(op_name(node))
+    chosen = [i for i, n in enumerate(names) if n in ("topk", "argmax", "max", "sort", "argsort")]
+    if not chosen:
+        return "unknown"
+    if "cumsum" in names and ("one_hot" in names or any(n.startswith("scatter") for n in names)):
+        return "capacity"
+    if "topk" not in names:
+        return "argmax"
+    before, after = names[: chosen[0]], names[chosen[0] :]
+    for squash in ("sigmoid", "softmax"):
+        if squash in before:
+            return f"{squash}-topk"
+    return next((f"topk-{s}" for s in ("softmax", "sigmoid") if s in after), "topk")
+
+
+def _stacked_like(owner: nn.Module, found: _Analysis, role: str) -> Tensor:
+    parameter = owner.get_parameter(found.parts.holders[role][0])
+    shape = (found.parts.experts, *found.rows.layouts[role])
+    return torch.empty(shape, dtype=parameter.dtype, device="meta")
+
+
+def _leading(owner: nn.Module) -> int:
+    sizes = [p.shape[0] for p in owner.parameters() if p.dim() >= 3]
+    return max(set(sizes), key=sizes.count) if sizes else 8
+
+
+def _leaves(owner: nn.Module, owned: dict[str, Any], group: Siblings | None) -> dict[nn.Module, str]:
+    """Outermost modules inside that hold no expert: routers, shared experts, norms."""
+    inside = set(owned)
+    found: dict[nn.Module, str] = {}
+    for path, module in owner.named_modules():
+        if not path or any(path.startswith(f"{other}.") for other in found.values()):
+            continue
+        own = {f"{path}.{n}" for n, _ in module.named_parameters()}
+        if not own:
+            continue  # activations, dropout: cheap to look into, and experts have them
+        holds = bool(own & inside) if inside else any(p.dim() >= 3 or _is_flat(module) for p in module.parameters())
+        container = type(module) in (nn.ModuleList, nn.ModuleDict)
+        if not holds and not container and not any(m in found for m in module.modules()):
+            found[module] = path
+    return found
+
+
+def _is_flat(module: nn.Module) -> bool:
+    return any(
+        not type(m).__module__.startswith("torch.nn.") and len([p for p in m.parameters(recurse=False) if p.dim() >= 2]) >= 2
+        for m in module.modules()
+    )
+
+
+def recheck(owner: nn.Module, layer: LiftedLayer, call: Call) -> None:
+    """The check of `lift_layer` for another module of the same make."""
+    assert layer.facts.experts is not None
+    for training, function in layer.functions.items():
+        with in_mode(owner, training):
+            check(owner, function, call, probe_leads(call, layer.facts.experts), seeds=SEEDS[:1])

@@ -1,0 +1,80 @@
+"""Probe batches: a call of a module with other numbers of tokens, or with tokens that all go the same way."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ultraep_compile.ladder.recording import Call
+from ultraep_compile.passes.lift.values import Refusal
+
+
+def main_input(call: Call) -> Tensor:
+    """The token states: the first float tensor of at least two dims."""
+    for tensor in call.tensors():
+        if tensor.is_floating_point() and tensor.dim() >= 2:
+            return tensor
+    raise Refusal("its forward takes no tensor of token states")
+
+
+def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = False) -> Call:
+    """The call with other numbers of tokens: rows drawn from its own, token states random."""
+    states = main_input(call)
+    old = tuple(states.shape[:-1])
+    generator = torch.Generator().manual_seed(seed)
+    picks = [torch.randint(0, n, (m,), generator=generator) for n, m in zip(old, lead, strict=True)]
+    flat = picks[0]
+    for size, pick in zip(old[1:], picks[1:], strict=True):
+        flat = (flat[:, None] * size + pick).flatten()
+    made = []
+    for tensor in call.tensors():
+        if tensor is states:
+            scale = float(states.float().std()) or 1.0
+            noise = torch.randn(*lead, states.shape[-1], generator=generator)
+            if skewed:
+                noise = noise * 0.05 + torch.randn(states.shape[-1], generator=generator)
+            new = (noise * scale).to(states.device, states.dtype)
+        elif tensor.shape[: len(old)] == old:
+            new = tensor.detach()
+            for dim, pick in enumerate(picks):
+                new = new.index_select(dim, pick.to(tensor.device))
+        elif _counts_rows(tensor, math.prod(old)):
+            new = torch.tensor(_shares(math.prod(lead), len(tensor), generator)).to(tensor)
+        elif tensor.dim() and tensor.shape[0] == math.prod(old):
+            new = tensor.detach().index_select(0, flat.to(tensor.device))
+        else:
+            new = tensor.detach()
+        made.append(new.clone())
+    sizes = [_shares(math.prod(lead), len(s), generator) if sum(s) == math.prod(old) else s for s in call.sizes()]
+    return call.with_tensors(made).with_sizes(sizes)
+
+
+def _counts_rows(tensor: Tensor, rows: int) -> bool:
+    """How many rows each expert has: integers that add up to all of them."""
+    whole = tensor.dim() == 1 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return whole and tensor.numel() != rows and int(tensor.sum()) == rows
+
+
+def _shares(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """Random sizes of `parts` groups."""
+    return torch.bincount(torch.randint(0, parts, (total,), generator=generator), minlength=parts).tolist()
+
+
+def probe_leads(call: Call, experts: int) -> list[tuple[int, ...]]:
+    """Two sizes to record, with enough tokens for every expert to get some, and more to check, the call's own among them."""
+    rank = main_input(call).dim() - 1
+    own = tuple(main_input(call).shape[:-1])
+    if rank == 1:
+        return [(13 * experts,), (11 * experts,), (5 * experts,), own, (37,), _many(own)]
+    rest = (1,) * (rank - 2)
+    return [(experts, *rest, 13), (2 * experts, *rest, 11), (experts, *rest, 7), own, (3, *rest, 29), _many(own)]
+
+
+def _many(own: tuple[int, ...]) -> tuple[int, ...]:
+    """More tokens than a capacity may have been made for, as far as that is cheap."""
+    times = max(1, min(4, 8192 // max(math.prod(own), 1)))
+    return (times * own[0], *own[1:])
+
+

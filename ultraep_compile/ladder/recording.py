@@ -1,0 +1,299 @@
+"""Record one eager forward of a module as a graph of torch functions, with the value of every node.
+
+A compiler gives up where Python follows the data (a loop over the experts that were hit, rows picked by `nonzero`); an
+eager run does not. What is recorded holds for the probe batch only; which parts of it hold for all batches is for the
+rest of this package to prove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ultraep_compile.passes.lift.values import Refusal
+
+_UNRECORDED = frozenset({"size", "dim", "stride", "numel", "backward", "requires_grad_", "storage_offset", "data_ptr"})
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+    def sizes(self) -> list[list[int]]:
+        """Arguments that are lists of integers: rows of each expert, as Python has counted them."""
+        return [list(a) for a in (*self.args, *self.kwargs.values()) if is_sizes(a)]
+
+    def inputs(self) -> list[Tensor]:
+        """What a replayed forward is given: the tensors, then the lists of sizes as tensors."""
+        return [*self.tensors(), *(torch.tensor(s) for s in self.sizes())]
+
+    def with_tensors(self, new: list[Tensor]) -> Call:
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        rest = iter(new)
+        args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+        return Call(args, kwargs)
+
+    def with_sizes(self, new: list[list[int]]) -> Call:
+        rest = iter(new)
+        swap = lambda a: next(rest) if is_sizes(a) else a  # noqa: E731
+        return Call(tuple(map(swap, self.args)), {k: swap(v) for k, v in self.kwargs.items()})
+
+
+def is_sizes(argument: Any) -> bool:
+    whole = isinstance(argument, (list, tuple)) and len(argument) >= 2
+    return whole and all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in argument)
+
+
+@dataclass(slots=True)
+class Recording:
+    """One forward: the graph (placeholders are the call's tensors in order), and what the module returned."""
+
+    graph: fx.Graph
+    values: dict[fx.Node, Any]
+    """Of each node that holds a tensor, a copy as it was when the node ran."""
+    raw: dict[fx.Node, Tensor]
+    """The tensor itself: views of parameters share their memory."""
+    owner: nn.Module
+    inputs: list[fx.Node]
+    output: Any
+    """The return value with nodes for tensors."""
+    stored: dict[str, fx.Node]
+    """Attribute path -> tensor that the forward left in an attribute of a module (an auxiliary loss, say)."""
+    collectives: list[str]
+
+    def name_of(self, node: fx.Node) -> str:
+        return node.meta.get("parameter", "")
+
+
+def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int = 0) -> Recording:
+    """Run `owner.forward` once.
+
+    Args:
+        leaves: modules to record as one node (by their path), because nothing inside is of interest.
+    """
+    call = call.with_tensors([_live(t) for t in call.tensors()])
+    recorder = _Recorder(owner, call)
+    before = _attributes(owner)
+    devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
+        torch.manual_seed(seed)
+        result = type(owner).forward(owner, *call.args, **call.kwargs)
+    stored = {}
+    for path, value in _attributes(owner).items():
+        if before.get(path) is not value and id(value) in recorder.env:
+            stored[path] = recorder.env[id(value)]
+    _restore(owner, before)
+    output = pytree.tree_map(lambda t: recorder.node_of(t) if isinstance(t, Tensor) else t, result)
+    return Recording(
+        recorder.graph, recorder.values, recorder.raw, owner, recorder.inputs, output, stored, recorder.collectives
+    )
+
+
+def _live(tensor: Tensor) -> Tensor:
+    """Not a leaf, so that a forward may write into it, and gradients tell what depends on what."""
+    tensor = tensor.detach()
+    return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor.clone()
+
+
+def _attributes(owner: nn.Module) -> dict[str, Any]:
+    """Plain tensor attributes of all modules, by path."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in owner.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore(owner: nn.Module, before: dict[str, Any]) -> None:
+    for path in _attributes(owner):
+        parent, _, name = path.rpartition(".")
+        module = owner.get_submodule(parent)
+        if path in before:
+            setattr(module, name, before[path])
+        else:
+            delattr(module, name)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, owner: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.graph, self.env, self.alive = fx.Graph(), {}, []
+        self.values: dict[fx.Node, Any] = {}
+        self.raw: dict[fx.Node, Tensor] = {}
+        self.collectives: list[str] = []
+        self.paused = 0
+        self.names = {id(t): n for n, t in (*owner.named_parameters(), *owner.named_buffers())}
+        self.plain = {id(t): n for n, t in _attributes(owner).items()}
+        self.inputs = []
+        for index, tensor in enumerate(call.inputs()):
+            node = self.graph.placeholder(f"input{index}")
+            self._bind(tensor, node)
+            self.inputs.append(node)
+
+    # ---- what a call leaves ----------------------------------------------------------------------------------------
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        self.env[id(tensor)] = node
+        self.alive.append(tensor)  # an id is unique only while its object lives
+        self.raw[node] = tensor
+        self.values[node] = tensor if node.op == "get_attr" else tensor.detach().clone()
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that holds a tensor; one that nothing recorded made is a parameter, a buffer or a constant."""
+        if id(tensor) not in self.env:
+            path = self.names.get(id(tensor)) or self.plain.get(id(tensor))
+            with self.graph.inserting_after(self.inputs[-1] if self.inputs else None):  # type: ignore[arg-type]
+                node = self.graph.create_node("get_attr", path or "constant")
+            node.meta["parameter"] = path if id(tensor) in self.names else ""
+            node.meta["foreign"] = path is None
+            self._bind(tensor, node)
+        return self.env[id(tensor)]
+
+    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+        as_node = lambda t: self.node_of(t) if isinstance(t, Tensor) else t  # noqa: E731
+        args, kwargs = pytree.tree_map(as_node, (tuple(args), dict(kwargs)))
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["no_grad"] = not torch.is_grad_enabled()
+        node.meta["source"] = _source()
+        self._unpack(out, node)
+        return node
+
+    def _unpack(self, out: Any, node: fx.Node) -> None:
+        if isinstance(out, Tensor):
+            self._bind(out, node)
+        elif isinstance(out, (tuple, list, dict)):
+            for key, part in out.items() if isinstance(out, dict) else enumerate(out):
+                if isinstance(part, (Tensor, tuple, list, dict)):
+                    item = self.graph.call_function(operator.getitem, (node, key))
+                    item.meta |= {k: node.meta[k] for k in ("no_grad", "source")}
+                    self._unpack(part, item)
+
+    # ---- what is intercepted ---------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.paused or name in _UNRECORDED:
+            return func(*args, **kwargs)
+        if "dropout" in name:  # a random draw says nothing; its node is kept
+            out = args[0] if args else kwargs["input"]
+            out = out.clone()
+        else:
+            out = func(*args, **kwargs)
+        if name == "__setitem__":
+            self._emit("call_function", operator.setitem, args, kwargs, None)
+            self._bind(args[0], next(reversed(self.graph.nodes)))
+        elif any(isinstance(t, Tensor) for t in pytree.tree_leaves(out)):
+            self._emit(*_target(func, name, args), kwargs, out)
+        return out
+
+    @contextlib.contextmanager
+    def around(self, leaves: dict[nn.Module, str]) -> Iterator[None]:
+        plain_apply = torch.autograd.Function.__dict__["apply"]
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            run = plain_apply.__get__(None, cls)
+            return run(*args, **kwargs) if self.paused else self._opaque("call_function", cls.apply, run, args, kwargs)
+
+        for module, path in leaves.items():
+            module.forward = self._leaf(module, path)
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        import torch.distributed as dist
+
+        plain = {n: getattr(dist, n) for n in _COLLECTIVES if hasattr(dist, n)}
+        for name, function in plain.items():
+            setattr(dist, name, self._collective(name, function))
+        try:
+            with self:
+                yield
+        finally:
+            torch.autograd.Function.apply = plain_apply
+            for name, function in plain.items():
+                setattr(dist, name, function)
+            for module in leaves:
+                del module.forward
+
+    def _leaf(self, module: nn.Module, path: str) -> Any:
+        run = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.paused:
+                return run(*args, **kwargs)
+            return self._opaque("call_module", path, run, args, kwargs)
+
+        return forward
+
+    def _opaque(self, op: str, target: Any, run: Any, args: Any, kwargs: Any) -> Any:
+        self.paused += 1
+        try:
+            out = run(*args, **kwargs)
+            self._emit(op, target, args, kwargs, out)
+        finally:
+            self.paused -= 1
+        return out
+
+    def _collective(self, name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            import torch.distributed as dist
+
+            size = dist.get_world_size(kwargs.get("group"))
+            self.collectives.append(f"{name} over {size} ranks" if size > 1 else name)
+            return function(*args, **kwargs)
+
+        return call
+
+
+_COLLECTIVES = ("all_to_all_single", "all_to_all", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+
+
+def _target(func: Any, name: str, args: Any) -> tuple[str, Any, Any]:
+    """How to write a call down: operators as such, methods as methods."""
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__)
+    if name.startswith("__") and name.endswith("__"):
+        short = name[2:-2]
+        if hasattr(operator, name):
+            return "call_function", getattr(operator, name), args
+        if short[0] == "r" and hasattr(operator, f"__{short[1:]}__"):
+            return "call_function", getattr(operator, f"__{short[1:]}__"), tuple(reversed(args))
+        if short in ("rdiv", "div"):
+            return "call_function", operator.truediv, args if short == "div" else tuple(reversed(args))
+        if short in ("idiv",):
+            return "call_function", operator.itruediv, args
+    if getattr(torch.Tensor, name, None) is func:
+        return "call_method", name, args
+    return "call_function", func, args
+
+
+def _source() -> str:
+    """`file:line: code` of the innermost frame outside torch and this package."""
+    for frame in reversed(traceback.extract_stack(limit=24)):
+        if "/torch/" not in frame.filename and not frame.filename.startswith(_HERE):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    return ""
+
+
+_HERE = __file__.rsplit("/", 1)[0]
+
+
+def refuse_foreign(nodes: list[fx.Node]) -> None:
+    for node in nodes:
+        if node.meta.get("foreign"):
+            readers = ", ".join(str(u.target) for u in list(node.users)[:2])
+            raise Refusal(f"{readers} reads a tensor that is neither made by the forward nor held by the module")

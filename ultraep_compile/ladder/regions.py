@@ -1,0 +1,234 @@
+"""What each expert computes, in a recorded forward: its nodes, the tensor it ends in, and that all experts are alike.
+
+Two forms. *Apart*: the weights of single experts are used one by one (a loop). *Together*: a product takes the weights of
+all experts at once, one dim of its operands runs over the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ultraep_compile.ladder.recording import Recording
+from ultraep_compile.passes.lift.nodes import CASTS, VIEWS, op_name
+from ultraep_compile.passes.lift.values import Refusal
+
+ALL = -1
+"""In place of an expert's number: the weights of all experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor that belongs to one expert (or, with expert = ALL, to all)."""
+
+    role: str
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One expert's computation up to a tensor that everything it does passes through."""
+
+    expert: int
+    end: fx.Node
+    entries: tuple[fx.Node, ...]
+    """Tensors from outside, in the order in which they are met."""
+    nodes: frozenset[fx.Node]
+
+
+@dataclass(slots=True)
+class Parts:
+    """The per-expert tensors of a recording and what depends on them."""
+
+    parts: dict[fx.Node, Part]
+    """Node that holds exactly one expert's part (or all parts, unselected) -> which."""
+    experts: int
+    holders: dict[str, list[str]]
+    """Role -> parameter names: one for each expert, or a single one that holds all."""
+    label: dict[fx.Node, frozenset[int]]
+    """Node -> experts whose weights it was computed from."""
+    views: set[fx.Node]
+    """Nodes that are views of per-expert tensors: weights, not data."""
+
+    @property
+    def present(self) -> frozenset[int]:
+        return frozenset(p.expert for p in self.parts.values())
+
+
+def find_parts(recording: Recording, owned: dict[str, tuple[str, int]], count: int) -> Parts:
+    """Per-expert tensors: parameters of siblings, or equal blocks of larger parameters.
+
+    Args:
+        owned: parameter -> (role, expert), of sibling modules; empty to look for blocks.
+        count: number of siblings.
+    """
+    parts = {n: Part(*owned[n.meta["parameter"]]) for n in recording.graph.nodes if n.meta.get("parameter") in owned}
+    if owned:
+        holders: dict[str, list[str]] = {}
+        for name, (role, _) in owned.items():
+            holders.setdefault(role, []).append(name)
+        experts = count
+    else:
+        parts, experts = _blocks(recording)
+        holders = {p.role: [p.role] for p in parts.values()}
+    views = set(parts)
+    for node in recording.graph.nodes:
+        tensor_inputs = node.all_input_nodes
+        if node not in views and len(tensor_inputs) == 1 and tensor_inputs[0] in views and _is_view(node):
+            views.add(node)
+    label: dict[fx.Node, frozenset[int]] = {}
+    for node in recording.graph.nodes:
+        found = frozenset().union(*(label[a] for a in node.all_input_nodes))
+        label[node] = found | ({parts[node].expert} if node in parts else frozenset())
+    return Parts(parts, experts, holders, label, views)
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = "getattr" if node.target is getattr else op_name(node)
+    return name in VIEWS | CASTS
+
+
+def _blocks(recording: Recording) -> tuple[dict[fx.Node, Part], int]:
+    """Blocks of parameters that views pick, and stacked parameters that are used whole."""
+    roots = {n: n.meta["parameter"] for n in recording.graph.nodes if n.meta.get("parameter")}
+    chain = dict(roots)
+    blocks: dict[fx.Node, Part] = {}
+    sizes: dict[str, int] = {}
+    whole: dict[str, fx.Node] = {}
+    for node in recording.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op in ("get_attr", "placeholder", "output") or not any(a in chain for a in inputs):
+            continue
+        by_number = all(recording.raw[a].dim() == 0 for a in inputs[1:] if a in recording.raw)
+        if not (inputs[0] in chain and by_number and (_is_view(node) or op_name(node) == "index_select")):
+            whole |= {chain[a]: _root(a) for a in inputs if a in chain and chain[a] not in whole}
+            continue
+        name, root = chain[inputs[0]], recording.raw[_root(inputs[0])]
+        view = recording.raw.get(node)
+        if view is None or view.numel() == root.numel():  # a tuple of views, or all of it
+            chain[node] = name
+        elif (place := _block_of(view, root)) is not None:
+            blocks[node] = Part(name, place)
+            sizes[name] = root.numel() // view.numel()
+    counts = set(sizes.values())
+    if len(counts) > 1 and max(p.expert for p in blocks.values()) < min(counts):
+        counts = {min(counts)}  # a parameter has blocks that no expert uses
+    if len(counts) > 1:
+        common = max(counts, key=list(sizes.values()).count)
+        blocks = {n: p for n, p in blocks.items() if sizes[p.role] == common}
+        counts = {common}
+    if counts:
+        return blocks, counts.pop()
+    stacked = {name: node for name, node in whole.items() if recording.raw[node].dim() >= 3}
+    shapes = [tuple(recording.raw[n].shape) for n in stacked.values()]
+    if not shapes:
+        raise Refusal("no parameter is used expert by expert, nor one with a dim of experts")
+    experts = max({s[0] for s in shapes}, key=[s[0] for s in shapes].count)
+    together = {n: Part(name, ALL) for name, n in whole.items() if recording.raw[n].shape[:1] == (experts,)}
+    return together, experts
+
+
+def _root(node: fx.Node) -> fx.Node:
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _block_of(view: Tensor, root: Tensor) -> int | None:
+    """Which of root's equal blocks a view (or a copy) holds, if it holds one."""
+    if view.untyped_storage().data_ptr() != root.untyped_storage().data_ptr():
+        if root.numel() % max(view.numel(), 1) or not root.is_contiguous():
+            return None
+        same = (root.reshape(-1, view.numel()) == view.reshape(1, -1)).all(1).nonzero().flatten()
+        return int(same[0]) if len(same) == 1 else None
+    extent = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True)) + 1
+    offset = view.storage_offset() - root.storage_offset()
+    if extent != view.numel() or offset % view.numel() or root.numel() % view.numel() or not root.is_contiguous():
+        return None
+    return offset // view.numel()
+
+
+# ---- regions --------------------------------------------------------------------------------------------------------
+
+
+def ends_of(recording: Recording, parts: Parts, expert: int) -> list[fx.Node]:
+    """Tensors that all of an expert's computation passes through, nearest first: common dominators, seen from the end."""
+    inside = {n for n in recording.graph.nodes if parts.label[n] == {expert} and n not in parts.views}
+    first = [n for n in inside if any(a in parts.views for a in n.all_input_nodes)]
+    if not first:
+        raise Refusal(f"nothing is computed with the weights of expert {expert}")
+    backwards = nx.DiGraph()
+    for node in inside:
+        users = list(node.users)
+        for user in users:
+            backwards.add_edge(user if user in inside else "end", node)
+        if not users:
+            backwards.add_edge("end", node)
+    above = nx.immediate_dominators(backwards, "end")
+
+    def way(node: Any) -> list[Any]:
+        out = [node]
+        while out[-1] != "end":
+            out.append(above[out[-1]])
+        return out
+
+    common: set[Any] | None = None
+    for node in first:
+        common = set(way(node)) if common is None else common & set(way(node))
+    longest = way(first[0])
+    return [n for n in longest if n in (common or ()) and n != "end" and n in recording.raw]
+
+
+def region_to(recording: Recording, parts: Parts, expert: int, end: fx.Node) -> Region:
+    """What an expert computes up to `end`."""
+    nodes: list[fx.Node] = []
+    entries: list[fx.Node] = []
+
+    def visit(node: fx.Node) -> None:
+        if node in nodes or node in entries or (node in parts.parts):
+            return
+        if not parts.label[node]:
+            entries.append(node)
+            return
+        if parts.label[node] != {expert}:
+            raise Refusal(f"what expert {expert} computes depends on another expert, at {node.name}")
+        for source in node.all_input_nodes:
+            visit(source)
+        nodes.append(node)
+
+    visit(end)
+    return Region(expert, end, tuple(entries), frozenset(nodes))
+
+
+def code_of(recording: Recording, parts: Parts, region: Region, rows: int) -> tuple:
+    """A text of what a region computes, equal for experts that compute the same with weights of their own."""
+    memo: dict[fx.Node, Any] = {}
+
+    def code(node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return "ROWS" if isinstance(node, int) and node == rows and not isinstance(node, bool) else repr(node)
+        if node not in memo:
+            if node in parts.parts:
+                memo[node] = ("part", parts.parts[node].role)
+            elif node in region.entries:
+                memo[node] = ("entry", region.entries.index(node))
+            else:
+                flat: list[Any] = []
+                map_aggregate((node.args, node.kwargs), lambda a: flat.append(code(a)))
+                memo[node] = (node.op, str(node.target), tuple(flat))
+        return memo[node]
+
+    return code(region.end)
+
+
+def row_count(tensor: Tensor) -> int:
+    return tensor.numel() // max(tensor.shape[-1], 1) if tensor.dim() else 1
+
+
+def in_order(recording: Recording, wanted: frozenset[fx.Node]) -> Iterator[fx.Node]:
+    return (n for n in recording.graph.nodes if n in wanted)

@@ -1,0 +1,346 @@
+"""The forward of a module with its experts lifted, as generated source: what is recorded around the experts, replayed.
+
+Two recordings with different numbers of tokens tell which of the recorded integers are sizes; these are computed from the
+inputs again. Everything the experts did is replaced by ids, weights and one call of `lifted_rows`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph_module import _forward_from_src
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from ultraep_compile.ladder.recording import Recording, refuse_foreign
+from ultraep_compile.ladder.regions import Parts
+from ultraep_compile.ladder.routing import Routing, Sources
+from ultraep_compile.ladder.rows import RowFunction
+from ultraep_compile.passes.lift.nodes import functional_target
+from ultraep_compile.passes.lift.values import Refusal
+
+
+def invoke(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a module, hooks included."""
+    return module(*args, **kwargs)
+
+
+def keep(module: Any, name: str, value: Any) -> None:
+    """Store what the forward stores."""
+    setattr(module, name, value)
+
+
+class Replay:
+    """Writes the new forward: `function(module, *tensors of the call)`."""
+
+    def __init__(
+        self,
+        first: Recording,
+        second: Recording,
+        parts: Parts,
+        routing: Routing,
+        sources: Sources,
+        rows: RowFunction,
+        inside: bool,
+        lifted_rows: Callable,
+    ) -> None:
+        self.a, self.b, self.parts, self.routing, self.sources, self.rows = first, second, parts, routing, sources, rows
+        self.inside, self.lifted_rows = inside, lifted_rows
+        self.order = {n: i for i, n in enumerate(first.graph.nodes)}
+        self.graph = fx.Graph()
+        self.module = self.graph.placeholder("module")
+        self.env: dict[fx.Node, Any] = {}
+        self.attributes: dict[str, fx.Node] = {"": self.module}
+        for node in first.inputs:
+            self.env[node] = self.graph.placeholder(str(node.target))
+        self.sizes: list[tuple[int, int, fx.Node, int]] = []
+        for x, y in zip(first.inputs, second.inputs, strict=True):
+            for dim, (m, n) in enumerate(zip(first.raw[x].shape, second.raw[y].shape, strict=True)):
+                if m != n and (m, n) not in [s[:2] for s in self.sizes]:
+                    self.sizes.append((m, n, self.env[x], dim))
+
+    def function(self) -> Callable:
+        leaves, spec = pytree.tree_flatten((self.a.output, self.a.stored))
+        nodes = [n for n in leaves if isinstance(n, fx.Node)]
+        wanted = self._needed(nodes)
+        other = _matching(wanted, self.a, self.b, self.routing.output)
+        done = False
+        before = [n for n in wanted if n not in self._after()]
+        ahead = set(before)
+        for node in [*before, *(n for n in wanted if n not in ahead)]:
+            if node in self._after() and not done:
+                self._experts(other)
+                done = True
+            if node is not self.routing.output and node not in self.env:
+                self.env[node] = self._copy(node, other)
+        if not done:
+            raise Refusal("the output of the layer does not depend on its experts")
+        results = [self.env[n] if isinstance(n, fx.Node) else n for n in leaves]
+        result, stored = pytree.tree_unflatten(results, spec)
+        for path, value in stored.items():
+            parent, _, name = path.rpartition(".")
+            self.graph.call_function(keep, (self._attribute(parent), name, value))
+        self.graph.output(_plain(result))
+        self.graph.lint()
+        code = self.graph.python_code("self")
+        forward = _forward_from_src(code.src, dict(code.globals))
+        self.source = code.src
+        shape = _Shape.of(result)
+        return lambda module, *tensors: shape.build(forward(None, module, *tensors))
+
+    # ---- which nodes -------------------------------------------------------------------------------------------------
+
+    def _after(self) -> set[fx.Node]:
+        if not hasattr(self, "_below"):
+            below = {self.routing.output}
+            for node in self.a.graph.nodes:
+                if any(a in below for a in node.all_input_nodes):
+                    below.add(node)
+            self._below = below
+        return self._below
+
+    def _needed(self, results: list[fx.Node]) -> list[fx.Node]:
+        """Nodes that results, ids, weights and tokens need, experts left out; and writes into what they read."""
+        a, routing, sources = self.a, self.routing, self.sources
+        starts = [*results, routing.table, *(n for n in (sources.ids, sources.weight) if n is not None), *self.rows.consts]
+        seen: set[fx.Node] = set()
+        todo = list(starts)
+        writes = [n for n in a.graph.nodes if n.op.startswith("call") and functional_target(n)[0] and n.args]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node is routing.output:
+                continue
+            if self.parts.label[node] and node not in self._after():
+                raise Refusal(f"{node.name}, made inside the experts, is read outside of them")
+            todo += node.all_input_nodes
+            for write in writes:
+                if write not in seen and self._touches(write, node) and write is not routing.output:
+                    todo.append(write)
+        refuse_foreign([n for n in seen if n is not routing.output])
+        return sorted(seen, key=self.order.__getitem__)
+
+    def _touches(self, write: fx.Node, reader: fx.Node) -> bool:
+        """Does a write reach memory that a later reader looks at?"""
+        written = write.args[0]
+        if not isinstance(written, fx.Node) or written not in self.a.raw or self.order[write] > self.order[reader]:
+            return False
+        if self.parts.label[write] and write not in self._after():
+            return False  # into the sum of the experts: what is before the output is replaced with it
+        memory = self.a.raw[written].untyped_storage().data_ptr()
+        return any(n in self.a.raw and self.a.raw[n].untyped_storage().data_ptr() == memory for n in reader.all_input_nodes)
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def _attribute(self, path: str) -> fx.Node:
+        if path not in self.attributes:
+            parent, _, name = path.rpartition(".")
+            self.attributes[path] = self.graph.call_function(getattr, (self._attribute(parent), name))
+        return self.attributes[path]
+
+    def _copy(self, node: fx.Node, other: dict[fx.Node, fx.Node]) -> fx.Node:
+        if node.op == "get_attr":
+            return self._attribute(str(node.target))
+        twin = other[node]
+        args = _both(self._value, node.args, twin.args)
+        kwargs = _both(self._value, dict(node.kwargs), dict(twin.kwargs))
+        if node.op == "call_module":
+            new = self.graph.call_function(invoke, (self._attribute(str(node.target)), *args), kwargs)
+        else:
+            new = self.graph.create_node(node.op, node.target, tuple(args), kwargs)
+        if node.meta.get("no_grad") and node in self.a.raw and self.a.raw[node].is_floating_point():
+            new = self.graph.call_method("detach", (new,))
+        return new
+
+    def _value(self, a: Any, b: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return self.env[a]
+        if isinstance(a, bool) or not isinstance(a, int) or a == b:
+            if a != b and not (isinstance(a, float) and math.isnan(a)):
+                raise Refusal(f"the forward computes {a!r} for one batch and {b!r} for another")
+            return a
+        return self._size(a, b)
+
+    def _size(self, a: int, b: int) -> fx.Node:
+        """An integer as a product of input sizes."""
+        for count in (1, 2, 3):
+            for some in itertools.combinations(self.sizes, count):
+                m, n = math.prod(s[0] for s in some), math.prod(s[1] for s in some)
+                if a % m == 0 and b % n == 0 and a // m == b // n:
+                    total = self._product(some)
+                    return total if a == m else self.graph.call_function(operator.mul, (total, a // m))
+                if m % a == 0 and n % b == 0 and m // a == n // b:
+                    return self.graph.call_function(operator.floordiv, (self._product(some), m // a))
+        raise Refusal(f"the forward computes the size {a} for one batch and {b} for another, which is no product of input sizes")
+
+    def _product(self, some: Sequence[tuple[int, int, fx.Node, int]]) -> fx.Node:
+        made = [self.graph.call_method("size", (s[2], s[3])) for s in some]
+        return functools.reduce(lambda x, y: self.graph.call_function(operator.mul, (x, y)), made)
+
+    def _experts(self, other: dict[fx.Node, fx.Node]) -> None:
+        """Tokens, ids, weights, the experts, and the sum over the choices."""
+        g, s, routing = self.graph, self.sources, self.routing
+        raw = self.a.raw
+        width = raw[routing.table].shape[-1]
+        hidden = g.call_method("reshape", (self.env[routing.table], (-1, width)))
+        experts = self.parts.experts
+        mask = None
+        if s.ids is None:
+            ids = None
+        elif s.ids_form == "one-hot":
+            hot = g.call_method("reshape", (self.env[s.ids], (-1, s.choices, experts)))
+            ids = g.call_method("argmax", (g.call_method("to", (hot, torch.int64)), -1))
+            mask = g.call_method("sum", (hot, -1))
+        elif s.ids_form == "sizes":
+            numbers = g.call_function(torch.arange, (experts,), {"device": g.call_function(getattr, (hidden, "device"))})
+            rows = g.call_method("size", (hidden, 0))
+            counts = g.call_method("to", (self.env[s.ids], torch.int64))
+            ids = g.call_function(torch.repeat_interleave, (numbers, counts), {"output_size": rows})
+            ids = g.call_method("unsqueeze", (ids, 1))
+        else:
+            ids = g.call_method("to", (g.call_method("reshape", (self.env[s.ids], (-1, s.choices))), torch.int64))
+        if s.ids_form == "beyond":
+            mask = g.call_method("lt", (ids, experts))
+            ids = g.call_function(operator.mod, (ids, experts))
+        weight = None
+        if s.weight is not None:
+            weight = self.env[s.weight]
+            if s.weight_form == "slots":
+                weight = g.call_method("sum", (weight, -1))
+            columns = s.choices if s.weight_form == "pairs" else experts
+            weight = g.call_method("reshape", (weight, (-1, columns)))
+            if ids is None:
+                ids = g.call_function(torch.ops.ultraep.chosen.default, (weight, s.choices))
+            if s.weight_form != "pairs":
+                weight = g.call_method("gather", (weight, 1, ids))
+            if s.factor != 1:
+                weight = g.call_function(operator.mul, (weight, s.factor))
+        skip = None
+        if routing.skip is not None:
+            aside = g.call_method("logical_not", (mask,))
+            skip = g.call_function(operator.mul, (weight, aside)) if weight is not None else aside
+            skip = g.call_method("sum", (skip, 1), {"keepdim": True})
+        if s.masked:
+            like = g.call_method("to", (mask, raw[routing.output].dtype))
+            weight = g.call_function(operator.mul, (weight, mask)) if weight is not None else like
+        params = [self._stacked(role) for role in self.rows.roles]
+        consts = [self.env[c] if c in self.env else self._copy(c, other) for c in self.rows.consts]
+        inner = weight if self.inside else None
+        y = g.call_function(self.lifted_rows, (hidden, ids, inner, params, consts))
+        made = raw[routing.output]
+        y = g.call_method("reshape", (y, (-1, s.choices, made.shape[-1])))
+        if weight is not None and not self.inside:
+            y = g.call_function(operator.mul, (y, g.call_method("unsqueeze", (weight, -1))))
+        total = g.call_method("sum", (g.call_method("to", (y, made.dtype)), 1))
+        if skip is not None:
+            passed = g.call_method("to", (g.call_function(operator.mul, (hidden, skip)), made.dtype))
+            total = g.call_function(operator.add, (total, passed))
+        twin = other[routing.output]
+        sizes = [self._value(m, n) for m, n in zip(made.shape, self.b.raw[twin].shape, strict=True)]
+        self.env[routing.output] = g.call_method("reshape", (total, tuple(sizes)))
+
+    def _stacked(self, role: str) -> fx.Node:
+        names = self.parts.holders[role]
+        if len(names) > 1:
+            return self.graph.call_function(torch.stack, ([self._attribute(n) for n in names],))
+        node = self._attribute(names[0])
+        shape = (self.parts.experts, *self.rows.layouts[role])
+        whole = tuple(self.a.owner.get_parameter(names[0]).shape)
+        if whole == shape:
+            return node
+        if whole[1:] == shape[1:]:  # more blocks than experts
+            return self.graph.call_function(operator.getitem, (node, slice(0, self.parts.experts)))
+        return self.graph.call_method("reshape", (node, shape))
+
+
+class _Shape:
+    """The structure of a return value."""
+
+    def __init__(self, build: Callable[[Any], Any]) -> None:
+        self.build = build
+
+    @classmethod
+    def of(cls, result: Any) -> _Shape:
+        if result is None or isinstance(result, (fx.Node, tuple, list)) or type(result) is dict:
+            return cls(lambda value: value)
+        kind = type(result)
+        return cls(lambda values: kind(**values))
+
+
+def _plain(result: Any) -> Any:
+    if isinstance(result, dict):
+        return {k: _plain(v) for k, v in result.items()}
+    if isinstance(result, (tuple, list)) and type(result) in (tuple, list):
+        return type(result)(_plain(v) for v in result)
+    return result
+
+
+def _both(use: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
+        made = [_both(use, x, y) for x, y in zip(a, b, strict=True)]
+        return tuple(made) if isinstance(a, tuple) else made
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return {k: _both(use, a[k], b[k]) for k in a}
+    if isinstance(a, slice) and isinstance(b, slice):
+        return slice(*(_both(use, x, y) for x, y in zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)))
+    return use(a, b)
+
+
+def _matching(
+    wanted: Sequence[fx.Node], a: Recording, b: Recording, output: fx.Node
+) -> dict[fx.Node, fx.Node]:
+    """Node of the first recording -> the same node of the second, found from the inputs on.
+
+    The experts' output is the last of its kind where they run one by one, so it is counted from the end.
+    """
+    pairs: dict[fx.Node, fx.Node] = dict(zip(a.inputs, b.inputs, strict=True))
+    attributes = {n.target: n for n in b.graph.nodes if n.op == "get_attr"}
+    left = [n for n in b.graph.nodes if n.op.startswith("call")]
+    kind = lambda g: [n for n in g.nodes if n.op == output.op and str(n.target) == str(output.target)]  # noqa: E731
+    here, there = kind(a.graph), kind(b.graph)
+    back = len(here) - here.index(output)
+    if back > len(there):
+        raise Refusal(f"{output.target} runs for one batch and not for another: the forward follows the data")
+    pairs[output] = there[-back]
+    at = 0
+    for node in wanted:
+        if node in pairs:
+            continue
+        if node.op == "get_attr":
+            if node.target not in attributes:
+                raise Refusal(f"{node.target} is read for one batch and not for another")
+            pairs[node] = attributes[node.target]
+            continue
+        known = [pairs.get(x) for x in node.all_input_nodes]
+        for index in range(at, len(left)):
+            twin = left[index]
+            same = twin.op == node.op and str(twin.target) == str(node.target)
+            if same and len(twin.all_input_nodes) == len(known):
+                if all(k is None or k is t for k, t in zip(known, twin.all_input_nodes, strict=True)) and _alike(node, twin):
+                    pairs[node] = twin
+                    at = index + 1
+                    break
+        else:
+            raise Refusal(f"{node.target} runs for one batch and not for another: the forward follows the data")
+    return pairs
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Equal arguments but for sizes."""
+    left: list[Any] = []
+    right: list[Any] = []
+    map_aggregate((a.args, a.kwargs), left.append)
+    map_aggregate((b.args, b.kwargs), right.append)
+    is_size = lambda x: isinstance(x, int) and a.target is not operator.getitem  # noqa: E731
+    return len(left) == len(right) and all(
+        type(x) is type(y) and (isinstance(x, fx.Node) or is_size(x) or x == y) for x, y in zip(left, right, strict=True)
+    )
