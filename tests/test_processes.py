@@ -40,7 +40,7 @@ def _mean_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _family(rank: int, family: str, compiled: bool) -> dict:
     model, _ = prepared(
-        family, "batched_mm", **({"output_router_logits": False} if family in ("mixtral", "qwen2_moe") else {})
+        family, "batched_mm", **({"output_router_logits": False} if family in ("mixtral", "qwen2_moe", "jamba", "gpt_oss") else {})
     )
     inputs = zoo.tokens(4, 16)
     single = copy.deepcopy(model)
