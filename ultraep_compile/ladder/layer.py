@@ -245,7 +245,7 @@ def _written(owner, name, call, first, second, found: _Analysis, way: Sources, l
     replay = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, run)
     function = replay.function()
     holders = tuple(n for role in found.rows.roles for n in found.parts.holders[role])
-    return function, replay.source, LayerFacts(found.parts.experts, way.choices, None, holders, form, way.ids_form == "sizes", source)
+    return function, replay.source, LayerFacts(found.parts.experts, way.choices, holders, form, way.ids_form == "sizes", source)
 
 
 def _common_path(found: _Analysis) -> str:
