@@ -269,3 +269,25 @@ def test_partial_coverage_is_reported():
     assert {s.status for s in found.moe_sites} == {"rewritten", "missed"}
     assert 0 < found.rewritten_parameters < found.expert_parameters
     assert f"{found.rewritten_parameters:,} of {found.expert_parameters:,}" in str(found)
+
+
+class _Hierarchical(nn.Module):
+    """Experts in groups of groups, dispatched by a tensor for each level: not lifted yet, and not to be lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner = nn.Linear(forms.WIDTH, 2), nn.Linear(forms.WIDTH, 2)
+        self.weight = nn.Parameter(torch.randn(2, 2, forms.WIDTH, forms.WIDTH))
+
+    def forward(self, x):
+        a, b = (torch.nn.functional.one_hot(p(x).argmax(-1), 2).to(x.dtype) for p in (self.outer, self.inner))
+        rows = torch.einsum("btd,bto,bti->oibtd", x, a, b)
+        return torch.einsum("oibtd,oide->bte", rows, self.weight)
+
+
+def test_stacked_experts_that_are_not_understood_are_missed_not_lost():
+    torch.manual_seed(0)
+    found = explain(_Hierarchical(), {"x": torch.randn(2, 16, forms.WIDTH)})
+    (site,) = found.moe_sites
+    assert site.status == "missed" and "einsum" in site.reason
+    assert found.rewritten_parameters == 0 < found.expert_parameters

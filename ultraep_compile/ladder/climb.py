@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
-from ultraep_compile.ladder.layer import lift_layer, recheck
+from ultraep_compile.ladder.layer import lift_layer, recheck, routed_product
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.passes.lift import Site, find_moe_sites
@@ -157,6 +157,7 @@ def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[
             yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
         return
     verdict: Refusal | None = None
+    plain: Refusal | None = None
     for path in levels:
         owner = model.get_submodule(path)
         if lifted_layer(owner) is not None:
@@ -166,12 +167,15 @@ def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[
         except (Unbalanceable, Missed) as reason:
             verdict = verdict if isinstance(verdict, Unbalanceable) else reason
         except Refusal as reason:
+            plain = reason
             log.debug("%s is not lifted at %r: %s", first.holder, path, reason)
         except Exception as fault:  # an oddity of one module must not stop the model
             log.debug("%s is not lifted at %r", first.holder, path, exc_info=fault)
         else:
             yield from _installed(model, alike, first, path, layer, calls)
             return
+    if verdict is None and first.stacked and (source := _routed(model, first, levels, calls)):
+        verdict = Missed(f"{plain or 'its forward was not understood'}; the router's choice meets its weights at {source}")
     if verdict is not None:
         rung = "unbalanceable" if isinstance(verdict, Unbalanceable) else "missed"
         for each in alike:
@@ -202,6 +206,18 @@ def _installed(
         only = "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
         why = f"experts called {facts.form}{only}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
+
+
+def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str:
+    """Where the routing of stacked experts shows, although nothing could be made of them."""
+    for path in levels:
+        inside = {n[len(path) :].lstrip(".") if path else n for n in candidate.parameters}
+        try:
+            if source := routed_product(model.get_submodule(path), calls.first[path], inside):
+                return source
+        except Exception as fault:
+            log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
+    return ""
 
 
 def _caller(here: str, path: str, calls: Calls) -> str:

@@ -20,7 +20,6 @@ class LayerFacts:
 
     experts: int | None = None
     top_k: int | None = None
-    gating: str | None = None
     parameters: tuple[str, ...] = ()
     """Per-expert parameters, as paths inside the module."""
     form: str = ""

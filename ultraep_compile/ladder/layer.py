@@ -19,7 +19,17 @@ from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
 from ultraep_compile.ladder.lifted import caller, reference_caller
 from ultraep_compile.ladder.probes import main_input, probe_leads, resized
 from ultraep_compile.ladder.recording import Call, Recording, record
-from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, find_parts, region_to, row_count
+from ultraep_compile.ladder.regions import (
+    ALL,
+    Parts,
+    Region,
+    code_of,
+    ends_of,
+    find_parts,
+    multiplied_after_selection,
+    region_to,
+    row_count,
+)
 from ultraep_compile.ladder.replay import Replay
 from ultraep_compile.ladder.routing import Missed, Routing, Slots, Sources, Unbalanceable, judge, measure, sources
 from ultraep_compile.ladder.rows import RowFunction, row_function
@@ -235,7 +245,7 @@ def _written(owner, name, call, first, second, found: _Analysis, way: Sources, l
     replay = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, run)
     function = replay.function()
     holders = tuple(n for role in found.rows.roles for n in found.parts.holders[role])
-    return function, replay.source, LayerFacts(found.parts.experts, way.choices, None, holders, form, way.ids_form == "sizes", source)
+    return function, replay.source, LayerFacts(found.parts.experts, way.choices, holders, form, way.ids_form == "sizes", source)
 
 
 def _common_path(found: _Analysis) -> str:
@@ -306,3 +316,10 @@ def recheck(owner: nn.Module, layer: LiftedLayer, call: Call) -> None:
     for training, function in layer.functions.items():
         with in_mode(owner, training):
             check(owner, function, call, probe_leads(call, layer.facts.experts), seeds=SEEDS[:1])
+
+
+def routed_product(owner: nn.Module, call: Call, parameters: set[str]) -> str:
+    """Where a module multiplies stacked parameters with what a selection gave, "" if nowhere: a layer that must not be lost."""
+    own = tuple(main_input(call).shape[:-1])
+    node = multiplied_after_selection(record(owner, resized(call, own, 0), {}), parameters)
+    return "" if node is None else node.meta.get("source") or str(node.target)

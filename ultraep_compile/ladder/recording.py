@@ -76,9 +76,6 @@ class Recording:
     """Attribute path -> tensor that the forward left in an attribute of a module (an auxiliary loss, say)."""
     collectives: list[str]
 
-    def name_of(self, node: fx.Node) -> str:
-        return node.meta.get("parameter", "")
-
 
 def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int = 0) -> Recording:
     """Run `owner.forward` once.

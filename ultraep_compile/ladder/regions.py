@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 
 from ultraep_compile.ladder.recording import Recording
 from ultraep_compile.passes.lift.nodes import CASTS, VIEWS, op_name
+from ultraep_compile.passes.lift.rules.products import PRODUCTS
 from ultraep_compile.passes.lift.values import Refusal
 
 ALL = -1
@@ -232,3 +233,24 @@ def row_count(tensor: Tensor) -> int:
 
 def in_order(recording: Recording, wanted: frozenset[fx.Node]) -> Iterator[fx.Node]:
     return (n for n in recording.graph.nodes if n in wanted)
+
+
+_SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "multinomial", "max"})
+
+
+def multiplied_after_selection(recording: Recording, parameters: set[str]) -> fx.Node | None:
+    """A product of given parameters with data that a selection (top-k, argmax, one-hot) has shaped, if there is one.
+
+    Evidence of routing for a layer that is not understood otherwise.
+    """
+    flow = nx.DiGraph((a, n) for n in recording.graph.nodes for a in n.all_input_nodes)
+    chosen = [n for n in recording.graph.nodes if n.op.startswith("call") and op_name(n) in _SELECTIONS and n in flow]
+    after = set().union(*(nx.descendants(flow, n) for n in chosen))
+    held = {n for n in recording.graph.nodes if n.meta.get("parameter") in parameters}
+    for node in recording.graph.nodes:
+        if _is_view(node) and held.issuperset(node.all_input_nodes) and node.all_input_nodes:
+            held.add(node)
+        data = [a for a in node.all_input_nodes if a not in held]
+        if op_name(node) in PRODUCTS and len(data) < len(node.all_input_nodes) and any(a in after for a in data):
+            return node
+    return None
