@@ -75,7 +75,7 @@ def _rewritten_as_pairs(model):
     (site,) = capture(model, inputs, record=False).sites
     assert site.top_k == 1
     result = compare_models(model, [inputs])
-    assert result.sites == 1 and result.loss == 0 and result.gradient < 1e-5
+    assert result.sites == 1 and result.loss < 1e-6 and result.gradient < 1e-5
 
 
 class _Clamped(zoo.HandMoE):
