@@ -85,7 +85,7 @@ def test_activation_checkpointing(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     """Same gradients; under the selective policy the plan is made once."""
     plans = []
     real = routing.make_plan
-    monkeypatch.setattr(routing, "make_plan", lambda *a: plans.append(1) or real(*a))
+    monkeypatch.setattr(routing, "make_plan", lambda *a, **k: plans.append(1) or real(*a, **k))
     context = functools.partial(create_selective_checkpoint_contexts, _save_ultraep) if kind == "selective" else None
     inputs = {"x": torch.randn(2, 16, zoo.WIDTH)}
     plain, checkpointed = Block(), Block(context)
