@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import pickle
 import re
@@ -118,12 +117,6 @@ def test_plan_as_a_process_prints_json_alone(loads, tmp_path):
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 2 and done.stderr == ""
 
 
-with_domains = pytest.mark.skipif(
-    "domain" not in inspect.signature(make_plan).parameters, reason="make_plan knows no domains yet"
-)
-
-
-@with_domains
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_copies_stay_in_their_domain(planner, loads, capsys):
     arguments = ("--redundant-experts", "2", "--planner", planner, "--domain", "4", "--out", "plan.npz", "--json")
@@ -140,7 +133,6 @@ def test_copies_stay_in_their_domain(planner, loads, capsys):
         assert np.array_equal(shares.sum(0), instances[:, 2]) and shares.sum() == counts.sum()
 
 
-@with_domains
 def test_replay_within_domains(tmp_path, capsys):
     arguments = ("W2_hot_rank", "--microbatches", "6", "--planners", "none,eplb@2,lplb,quota,ideal", "--slots", "1")
     apart, together = (replayed(capsys, *arguments, *more) for more in (("--domain", "2"), ()))

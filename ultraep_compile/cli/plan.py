@@ -72,8 +72,8 @@ def _case(
     """The JSON entry of one array, and its part of PLAN.npz."""
     import torch
 
-    from ultraep_compile.planner import imbalance, loads_before, make_plan
-    from ultraep_compile.planner.figures import domain_lower_bound, plan_figures, plan_table
+    from ultraep_compile.planner import imbalance, loads_before, lower_bound, make_plan
+    from ultraep_compile.planner.figures import plan_figures, plan_table
     from ultraep_compile.planner.ideal import forced_counts
     from ultraep_compile.planner.registry import IDEAL
 
@@ -91,7 +91,7 @@ def _case(
             start = time.perf_counter_ns()
             made = make_plan(counts_RE, slots, "none" if ideal else planner, domain=domain)
             best = min(best, (time.perf_counter_ns() - start) / 1e3)
-        bound = domain_lower_bound(counts_RE, slots, domain)
+        bound = lower_bound(counts_RE, slots, domain)
     except UltraEPError as error:
         raise LoadsError(f"Array {name!r}: {error}") from None
     figures = plan_figures(counts_RE, made) | {"before": imbalance(loads_before(given_RE))}

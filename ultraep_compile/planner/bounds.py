@@ -9,13 +9,19 @@ from torch import Tensor
 from ultraep_compile.planner.checks import checked_counts
 
 
-def lower_bound(counts_RE: Tensor, redundant_experts: int) -> float:
-    """No plan has a lower max/mean of the ranks' loads than this; 1.0 when there are no tokens."""
+def lower_bound(counts_RE: Tensor, redundant_experts: int, domain: int | None = None) -> float:
+    """No plan has a lower max/mean of the ranks' loads than this; 1.0 when there are no tokens.
+
+    domain: copies stay within blocks of so many consecutive ranks. None: all ranks exchange copies.
+    """
     counts = checked_counts(counts_RE, redundant_experts)
     ranks = counts.shape[0]
     loads_RM = counts.sum(0).reshape(ranks, -1)
-    total = int(loads_RM.sum())
-    return smallest_max_load(loads_RM, redundant_experts) * ranks / total if total else 1.0
+    total, size = int(loads_RM.sum()), domain or ranks
+    if not total:
+        return 1.0
+    worst = max(smallest_max_load(loads_RM[at : at + size], redundant_experts) for at in range(0, ranks, size))
+    return worst * ranks / total
 
 
 def smallest_max_load(loads_RM: NDArray, slots: int) -> int:

@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ultraep_compile.errors import LoadsError
-from ultraep_compile.planner.bounds import smallest_max_load
-from ultraep_compile.planner.checks import checked_counts
 from ultraep_compile.planner.plan import (
     Plan,
     imbalance,
@@ -47,18 +45,6 @@ def by_home(plan: Plan, values_E: NDArray) -> NDArray:
     expert_P, (ranks, slots) = logical_expert(plan).cpu().numpy(), plan.slot_expert_RS.shape
     masters_RM = expert_P.reshape(ranks, -1)[:, : expert_P.size // ranks - slots]
     return values_E[masters_RM].sum(1)
-
-
-def domain_lower_bound(counts_RE: Tensor, redundant_experts: int, domain: int | None = None) -> float:
-    """No plan whose copies stay within domains of `domain` consecutive ranks has a lower max/mean than this."""
-    counts = checked_counts(counts_RE, 0)
-    ranks = counts.shape[0]
-    loads_RM = counts.sum(0).reshape(ranks, -1)
-    total, size = int(loads_RM.sum()), domain or ranks
-    if not total:
-        return 1.0
-    worst = max(smallest_max_load(loads_RM[at : at + size], redundant_experts) for at in range(0, ranks, size))
-    return worst * ranks / total
 
 
 def plan_table(plan: Plan) -> tuple[NDArray, NDArray]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ultraep_compile.errors import OptionError
 from ultraep_compile.planner.checks import check_matrix, check_values
 from ultraep_compile.planner.placement import Placement
-from ultraep_compile.planner.plan import Plan
+from ultraep_compile.planner.plan import Plan, as_plan
 from ultraep_compile.planner.quota import TOLERANCE, plan_quota
 from ultraep_compile.planner.registry import Planner, planner_by_name
 from ultraep_compile.planner.shares import split_quotas
@@ -63,10 +63,7 @@ def make_plan(
     placement = _by_domain(solve, counts_RC, topology)
     shares_RP = split_quotas(counts_RC, *placement)
     slot_expert_RS = topology.expert_C[placement.slot_expert_RS]
-    return Plan(
-        torch.from_numpy(slot_expert_RS.astype(np.int32)).to(counts_RE.device),
-        torch.from_numpy(shares_RP).to(counts_RE.device),
-    )
+    return as_plan(slot_expert_RS, shares_RP, counts_RE.device)
 
 
 def _basis_points(tolerance: float | None, planner: str) -> int:

@@ -12,7 +12,7 @@ from heapq import heapify, heapreplace
 import numpy as np
 from numpy.typing import NDArray
 
-from ultraep_compile.planner.placement import Placement, instances
+from ultraep_compile.planner.placement import Placement, instances, place
 from ultraep_compile.planner.registry import register
 
 
@@ -106,9 +106,8 @@ def _masters_only(counts_RE: NDArray, slot_expert_RS: NDArray):
     """Quotas with all tokens at the masters, and the instances that may share them."""
     ranks, slots = slot_expert_RS.shape
     masters = counts_RE.shape[1] // ranks
-    quota_RL = np.zeros((ranks, masters + slots), np.int64)
-    quota_RL[:, :masters] = counts_RE.sum(0).reshape(ranks, masters)
-    return quota_RL.ravel(), instances(masters, slot_expert_RS)
+    bare = place(counts_RE.sum(0).reshape(ranks, masters), slots, None)
+    return bare.quota_P, instances(masters, slot_expert_RS)
 
 
 @register("eplb", divide_evenly)

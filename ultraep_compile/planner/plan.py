@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -24,6 +26,12 @@ class Plan(NamedTuple):
 
     slot_expert_RS: Tensor  # int32 [R, S]: logical expert in each slot, -1 = empty
     shares_RP: Tensor  # int32 [R, P]: tokens that source rank r sends to physical expert p
+
+
+def as_plan(slot_expert_RS: NDArray, shares_RP: NDArray, device: torch.device) -> Plan:
+    """The plan on a device; both arrays fit int32."""
+    slots, shares = (torch.from_numpy(a.astype(np.int32, copy=False)).to(device) for a in (slot_expert_RS, shares_RP))
+    return Plan(slots, shares)
 
 
 def masters_per_rank(plan: Plan) -> int:

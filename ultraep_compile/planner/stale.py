@@ -9,14 +9,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ultraep_compile.errors import LoadsError
 from ultraep_compile.planner.checks import checked_counts
-from ultraep_compile.planner.placement import instances
-from ultraep_compile.planner.plan import Plan, quotas
+from ultraep_compile.planner.placement import instances, place
+from ultraep_compile.planner.plan import Plan, as_plan, quotas
 from ultraep_compile.planner.registry import DIVIDE
 from ultraep_compile.planner.shares import split_quotas
 
@@ -44,10 +43,7 @@ def reuse_plan(earlier: Plan, counts_RE: Tensor, planner: str = "quota") -> Plan
     else:
         quota_P = divide_in_proportion(counts, slot_expert_RS, quotas(earlier).cpu().numpy())
     shares_RP = split_quotas(counts, slot_expert_RS, quota_P)
-    return Plan(
-        torch.from_numpy(slot_expert_RS.astype(np.int32)).to(counts_RE.device),
-        torch.from_numpy(shares_RP).to(counts_RE.device),
-    )
+    return as_plan(slot_expert_RS, shares_RP, counts_RE.device)
 
 
 def divide_in_proportion(counts_RE: NDArray, slot_expert_RS: NDArray, earlier_P: NDArray) -> NDArray:
@@ -60,9 +56,8 @@ def divide_in_proportion(counts_RE: NDArray, slot_expert_RS: NDArray, earlier_P:
     """
     ranks, slots = slot_expert_RS.shape
     masters = counts_RE.shape[1] // ranks
-    quota_RL = np.zeros((ranks, masters + slots), np.int64)
-    quota_RL[:, :masters] = counts_RE.sum(0).reshape(ranks, masters)
-    quota_P, inst = quota_RL.ravel(), instances(masters, slot_expert_RS)
+    quota_P = place(counts_RE.sum(0).reshape(ranks, masters), slots, None).quota_P
+    inst = instances(masters, slot_expert_RS)
     load_E = counts_RE.sum(0).tolist()
     bounds = [*np.unique(inst.first_X).tolist(), inst.phys_X.size]
     for first, end in pairwise(bounds):

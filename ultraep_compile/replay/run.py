@@ -15,8 +15,8 @@ from torch import Tensor
 from ultraep_compile import cost_model
 from ultraep_compile.cost_model import Loads, Rates, StepTime
 from ultraep_compile.errors import OptionError, nearest
-from ultraep_compile.planner import PLANNERS, Plan, make_plan
-from ultraep_compile.planner.figures import domain_lower_bound, plan_figures
+from ultraep_compile.planner import PLANNERS, Plan, lower_bound, make_plan
+from ultraep_compile.planner.figures import plan_figures
 from ultraep_compile.planner.ideal import forced_counts
 from ultraep_compile.planner.registry import IDEAL
 from ultraep_compile.planner.stale import reuse_plan
@@ -179,7 +179,7 @@ def replay(source: Source, question: Question, track: Callable[[list], Iterable]
     outcomes = [_outcome(source, question, spec, slots, start, without) for spec, slots in track(runs)]
     bounds = {
         slots: float(
-            np.mean([domain_lower_bound(c, slots, question.domain) for s in source.sequences for c in _counts(s, start)])
+            np.mean([lower_bound(c, slots, question.domain) for s in source.sequences for c in _counts(s, start)])
         )
         for slots in question.slots
     }
