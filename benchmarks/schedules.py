@@ -25,17 +25,17 @@ import hypothesis
 import networkx
 from rich.progress import track
 
-from tests.pipeline.mutations import MESSAGE_MUTATIONS, MUTATIONS, programs_of
-from tests.pipeline.problems import check_plan, lognormal_items, random_problem
+from tests.schedules.mutations import MESSAGE_MUTATIONS, MUTATIONS, programs_of
+from tests.schedules.problems import check_plan, lognormal_items, random_problem
 from ultraep_compile.errors import ScheduleError
-from ultraep_compile.pipeline.actions import Schedule
-from ultraep_compile.pipeline.auto import choose
-from ultraep_compile.pipeline.bounds import capped_bound, ideal, lower_bound
-from ultraep_compile.pipeline.nested import Rule, base_run, nest
-from ultraep_compile.pipeline.plan import METHODS, plan, plan_many
-from ultraep_compile.pipeline.problem import Problem, place_virtual, uniform_problem
-from ultraep_compile.pipeline.simulate import peaks, simulate
-from ultraep_compile.pipeline.validate import validate
+from ultraep_compile.schedules.actions import Schedule
+from ultraep_compile.schedules.auto import choose
+from ultraep_compile.schedules.bounds import capped_bound, ideal, lower_bound
+from ultraep_compile.schedules.nested import Rule, base_run, nest
+from ultraep_compile.schedules.plan import METHODS, plan, plan_many
+from ultraep_compile.schedules.problem import Problem, place_virtual, uniform_problem
+from ultraep_compile.schedules.simulate import peaks, simulate
+from ultraep_compile.schedules.validate import validate
 
 RESULTS = Path(__file__).parent / "results" / "schedules"
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

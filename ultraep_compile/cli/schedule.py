@@ -12,8 +12,8 @@ import typer
 from ultraep_compile.errors import OptionError, UltraEPError
 
 if TYPE_CHECKING:
-    from ultraep_compile.pipeline.problem import Problem
-    from ultraep_compile.pipeline.report import Report
+    from ultraep_compile.schedules.problem import Problem
+    from ultraep_compile.schedules.report import Report
 
 
 Stages = Annotated[int, typer.Option(help="Pipeline stages P, one per rank.")]
@@ -73,11 +73,11 @@ def schedule(
     trace: Trace = None,
 ) -> None:
     """Plan a nested pipeline (or a baseline), prove that it runs, and say what it costs."""
-    from ultraep_compile.pipeline.auto import choose
-    from ultraep_compile.pipeline.plan import plan
-    from ultraep_compile.pipeline.report import report, report_json
-    from ultraep_compile.pipeline.simulate import simulate
-    from ultraep_compile.pipeline.validate import validate
+    from ultraep_compile.schedules.auto import choose
+    from ultraep_compile.schedules.plan import plan
+    from ultraep_compile.schedules.report import report, report_json
+    from ultraep_compile.schedules.simulate import simulate
+    from ultraep_compile.schedules.validate import validate
 
     _check(encoder_memory, llm_memory, noise, auto, method)
     base = base or ("interleaved" if virtual > 1 else "1f1b")
@@ -132,7 +132,7 @@ def _problem(
     costs: Path | None,
     latency: float,
 ) -> Problem:
-    from ultraep_compile.pipeline.cost_table import add_pair, problem_from_table, read_costs
+    from ultraep_compile.schedules.cost_table import add_pair, problem_from_table, read_costs
 
     table = read_costs(costs) if costs is not None else {}
     for unit, text in pairs.items():
@@ -144,8 +144,8 @@ def _problem(
 
 def _others(problem: Problem, base: str, method: str, memory: int | None) -> list[Report]:
     """The other methods that can do the problem."""
-    from ultraep_compile.pipeline.plan import METHODS, plan
-    from ultraep_compile.pipeline.report import report
+    from ultraep_compile.schedules.plan import METHODS, plan
+    from ultraep_compile.schedules.report import report
 
     reports = []
     for name in METHODS:
@@ -196,16 +196,16 @@ def _table(shown: list[Report]) -> str:
 
 def _draw(shown: list[Report], png: Path | None, html: Path | None, trace: Path | None) -> None:
     if png is not None:
-        from ultraep_compile.pipeline.picture import draw_png
+        from ultraep_compile.schedules.picture import draw_png
 
         with _naming(png):
             draw_png(shown, png)
     if html is not None:
-        from ultraep_compile.pipeline.page import page
+        from ultraep_compile.schedules.page import page
 
         _write(html, page(shown))
     if trace is not None:
-        from ultraep_compile.pipeline.trace import perfetto
+        from ultraep_compile.schedules.trace import perfetto
 
         _write(trace, json_module.dumps(perfetto(shown)))
 
