@@ -1,0 +1,257 @@
+"""Training steps of a whole transformers MoE model with real expert parallelism: not balanced, balanced, force-balanced.
+
+    torchrun --nproc-per-node 2 -m benchmarks.training_steps --json FILE.json            # one GPU a process, NCCL
+    torchrun --nproc-per-node 2 -m benchmarks.training_steps --device cpu --tiny         # gloo, to see it run
+
+A Qwen3-MoE with random weights learns bytes of Python source: experts divided over all processes, dense layers under
+DistributedDataParallel, AdamW, bf16. `none` and `ours` train the same weights on the same batches and differ in the option
+`planner` alone, so their losses must stay together; `ideal` is the same model with a router that deals tokens to experts in
+turn, which no plan can beat. Routers are tilted towards the first expert of every group before training (`--tilt`), so that the load is
+as uneven as that of trained models; the imbalance is measured, in eager mode, at the beginning and the end.
+
+Checked before the times are reported: the first loss of `none` and `ours` is equal, all later ones within `--tolerance`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import ultraep_compile
+from ultraep_compile.demo import source_bytes
+
+MODES = {"none": ("none", 0), "ours": ("quota", 2), "ideal": ("none", 0)}
+"""Planner and slots a rank."""
+SIZES = {
+    "large": {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    "tiny": {"hidden_size": 64, "moe_intermediate_size": 48, "num_experts": 16, "num_experts_per_tok": 2},
+}
+
+
+def build(size: str, layers: int, device: torch.device) -> nn.Module:
+    """The same weights in every process and mode."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    shape = SIZES[size]
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=256,
+        intermediate_size=shape["moe_intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=shape["hidden_size"] // 64,
+        num_key_value_heads=max(1, shape["hidden_size"] // 512),
+        head_dim=64,
+        norm_topk_prob=True,
+        **shape,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = transformers.Qwen3MoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+    return model.to(torch.bfloat16).train()
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    return [layer.mlp.gate for layer in model.model.layers]  # pyright: ignore
+
+
+@torch.no_grad()
+def tilt(model: nn.Module, ids: Tensor, strength: float) -> None:
+    """Turn the rows of the first quarter of the experts towards the mean of what their router reads."""
+    for router in routers(model):
+        read: list[Tensor] = []
+        handle = router.register_forward_hook(lambda _, args, out, read=read: read.append(args[0]))
+        model(input_ids=ids)  # layer by layer: a tilted layer changes what the next ones read
+        handle.remove()
+        mean = read[0].float().mean(0)
+        hot = router.weight[: router.weight.shape[0] // 4]
+        hot += (strength * mean / mean.square().sum()).to(hot.dtype)
+
+
+def deal_in_turn(model: nn.Module) -> None:
+    """Replace the choice of every router: experts in turn, with the weights that the scores give them."""
+
+    def forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
+        scores = torch.nn.functional.softmax(logits, dtype=torch.float, dim=-1)
+        expert = torch.arange(self.num_experts, device=hidden.device)
+        token = torch.arange(scores.shape[0], device=hidden.device)
+        mine = (expert - token.unsqueeze(1) * self.top_k) % self.num_experts < self.top_k
+        _, ids = torch.topk(scores + mine * 2.0, self.top_k, dim=-1)
+        weight = scores.gather(1, ids)
+        return logits, (weight / weight.sum(-1, keepdim=True)).to(logits.dtype), ids
+
+    for router in routers(model):
+        router.forward = types.MethodType(forward, router)
+
+
+@torch.no_grad()
+def imbalance(model: nn.Module, ids: Tensor, ranks: int) -> list[float]:
+    """Busiest rank over mean of every layer, as routed, over the tokens of all ranks."""
+    loads: list[Tensor] = []
+
+    def count(router: Any, args: Any, out: Any) -> None:
+        loads.append(torch.bincount(out[2].flatten(), minlength=router.num_experts))
+
+    handles = [router.register_forward_hook(count) for router in routers(model)]
+    with torch.compiler.set_stance("force_eager"):
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    total = torch.stack(loads)
+    dist.all_reduce(total)
+    load = total.view(len(loads), ranks, -1).sum(-1).double()
+    return (load.amax(1) / load.mean(1)).tolist()
+
+
+def batches(arguments: argparse.Namespace, rank: int, device: torch.device) -> Iterator[Tensor]:
+    """This rank's token ids [batch, length] of every step."""
+    text = source_bytes()
+    generator = torch.Generator().manual_seed(1000 + rank)
+    for _ in range(arguments.steps):
+        starts = torch.randint(0, len(text) - arguments.length, (arguments.batch,), generator=generator)
+        yield torch.stack([text[s : s + arguments.length] for s in starts.tolist()]).long().to(device)
+
+
+def run_mode(mode: str, arguments: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> dict:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    planner, slots = MODES[mode]
+    model = build(arguments.size, arguments.layers, device)
+    probe = next(batches(arguments, 0, device))
+    tilt(model, probe[:1], arguments.tilt)
+    if mode == "ideal":
+        deal_in_turn(model)
+    ultraep_compile.prepare(model, {"input_ids": probe[:1, :64]})
+    ultraep_compile.shard_experts(model, mesh)
+    first = next(batches(arguments, rank, device))[:1]
+    before = imbalance(model, first, ranks)
+    options = {"redundant_experts": slots, "planner": planner, "inner": arguments.inner}
+    options["expect_moe_sites"] = arguments.layers
+    model.compile(backend=ultraep_compile.ultraep, options=options)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-4, eps=1e-6, foreach=False)
+    losses, seconds = [], []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for ids in track(list(batches(arguments, rank, device)), mode, disable=rank > 0):
+        dist.barrier()
+        _wait(device)
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        loss = parallel(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+        dist.all_reduce(loss.detach_())
+        losses.append(loss.item() / ranks)
+    after = imbalance(model, first, ranks)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    timed = seconds[len(seconds) // 5 :]  # the first ones compile
+    tokens = arguments.batch * arguments.length * ranks
+    return {
+        "tokens_per_second": tokens / statistics.median(timed),
+        "step_ms": {
+            "median": 1e3 * statistics.median(timed),
+            "p10": 1e3 * statistics.quantiles(timed, n=10)[0],
+            "p90": 1e3 * statistics.quantiles(timed, n=10)[-1],
+            "repetitions": len(timed),
+        },
+        "peak_gib": peak,
+        "imbalance_before_training": before,
+        "imbalance_after_training": after,
+        "losses": losses,
+    }
+
+
+def check(results: dict[str, dict], tolerance: float) -> dict[str, float]:
+    """Balancing may not change what is learnt."""
+    if not {"none", "ours"} <= set(results):
+        return {}
+    none, ours = results["none"]["losses"], results["ours"]["losses"]
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, none, strict=True))
+    assert ours[0] == none[0], f"the first losses differ: {ours[0]} and {none[0]}"
+    assert worst <= tolerance, f"the losses differ by {worst:.2e}, more than {tolerance:.0e}"
+    return {"first_loss_difference": 0.0, "worst_loss_difference": worst}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=4, help="sequences a rank")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--tilt", type=float, default=2.0, help="logits that the hot quarter of the experts gains")
+    parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--tolerance", type=float, default=2e-2)
+    parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", default="large")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    device = torch.device("cpu")
+    if arguments.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    results = {}
+    for mode in arguments.modes:
+        results[mode] = run_mode(mode, arguments, mesh, device)
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    record = {
+        "command": f"torchrun --nproc-per-node {dist.get_world_size()} -m benchmarks.training_steps",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "ranks": dist.get_world_size(),
+        "torch": torch.__version__,
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
+        "check": check(results, arguments.tolerance),
+        "results": results,
+    }
+    if dist.get_rank() == 0:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        _show(record)
+    dist.destroy_process_group()
+
+
+def _show(record: dict) -> None:
+    ideal = record["results"].get("ideal", {}).get("tokens_per_second")
+    for mode, result in record["results"].items():
+        before, after = (statistics.median(result[f"imbalance_{x}_training"]) for x in ("before", "after"))
+        share = f"  {result['tokens_per_second'] / ideal:.3f} of ideal" if ideal else ""
+        print(
+            f"{mode:6} {result['tokens_per_second']:12,.0f} tokens/s  step {result['step_ms']['median']:8.1f} ms{share}  "
+            f"imbalance as routed {before:.2f} -> {after:.2f}  loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
+        )
+    print(record["check"])
+
+
+if __name__ == "__main__":
+    main()
