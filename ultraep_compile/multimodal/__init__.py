@@ -1,0 +1,1 @@
+"""A multimodal model taken apart for a nested pipeline: roles, stages, items, microbatches."""
