@@ -145,6 +145,7 @@ def run_mode(mode: str, arguments: argparse.Namespace, mesh: DeviceMesh, device:
     options = {"redundant_experts": slots, "planner": planner, "inner": arguments.inner}
     options["expect_moe_sites"] = arguments.layers
     model.compile(backend=ultraep_compile.ultraep, options=options)
+    torch._dynamo.config.optimize_ddp = False  # else the graph is cut at DDP's buckets, through MoE layers
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-4, eps=1e-6, foreach=False)
     losses, seconds = [], []

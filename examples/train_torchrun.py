@@ -59,6 +59,7 @@ def train(steps: int, device: torch.device) -> None:
     ultraep_compile.prepare(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=device)})
     ultraep_compile.shard_experts(model, init_device_mesh(device.type, (ranks,)))
     model.compile(backend=ultraep_compile.ultraep, options={"redundant_experts": 1, "inner": "aot_eager"})
+    torch._dynamo.config.optimize_ddp = False  # else the graph is cut at DDP's buckets, through MoE layers
     parallel = DistributedDataParallel(model)
     optimizer = make_optimizer(parallel)
 

@@ -19,7 +19,7 @@ from tests.balancing import backend, relative
 from tests.bundles import BUNDLES
 from tests.multirank import fake_group, run_ranks
 from ultraep_compile import clip_grad_norm_, shard_experts
-from ultraep_compile.errors import ShardingError
+from ultraep_compile.errors import ShardingError, SiteCountError
 from ultraep_compile.report import collect_reports
 
 WORLD = 4
@@ -85,6 +85,24 @@ def _with_ddp(rank: int, mesh) -> None:
     assert any(s.sharded for g in collected.graphs for s in g.prepared.values())
     with pytest.raises(RuntimeError, match="mixed"):  # torch's own cannot; it must not give a wrong norm either
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def _with_split_graphs(rank: int, mesh) -> None:
+    """Dynamo cuts the graph at DDP's buckets, here before the head: said, with the setting that ends it."""
+    single = Blocks()
+    single.head = nn.Linear(zoo.WIDTH, 2**20 // zoo.WIDTH)  # fills the first bucket
+    x = _batch()[rank : rank + 1]
+    for split in (True, False):
+        torch._dynamo.reset()
+        model = shard_experts(copy.deepcopy(single), mesh)
+        model.compile(backend=backend(expect_moe_sites=2))
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=1)
+        with torch._dynamo.config.patch(optimize_ddp=split):
+            if split:
+                with pytest.raises(SiteCountError, match="optimize_ddp = False"):
+                    wrapped(x)
+            else:
+                _compare(rank, model, wrapped, single)
 
 
 def _with_fsdp(rank: int, mesh) -> None:
@@ -213,7 +231,7 @@ def _with_bundles(rank: int, mesh) -> None:
 
 
 QUICK = (
-    _with_ddp, _with_fsdp, _initialised_in_place, _uneven_ranks, _with_bundles, _over_a_part_of_a_mesh,
+    _with_ddp, _with_split_graphs, _with_fsdp, _initialised_in_place, _uneven_ranks, _with_bundles, _over_a_part_of_a_mesh,
     _checkpoints_that_do_not_fit,
 )  # fmt: skip
 SLOW = (_with_ties, _with_accumulation_and_autocast)

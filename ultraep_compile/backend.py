@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import fx
+from torch.nn.parallel import DistributedDataParallel
 
 from ultraep_compile.config import Options
 from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError
@@ -107,6 +109,8 @@ def _check_count(rewrite: Rewrite) -> None:
     if expected is None or expected == found:
         return
     reasons = "".join(f"\n  {m.name}: {m.reason}" for m in rewrite.misses)
+    if _ddp_splits_graphs():
+        reasons += f"\n{_DDP_SPLITS}"
     raise SiteCountError(
         f"expected {expected} MoE layers in the compiled graph, rewrote {found}.{reasons or ' Nothing else looked like one.'}\n"
         "If the model broke into several graphs, call ultraep_compile.prepare(model, example_inputs) first; "
@@ -114,9 +118,23 @@ def _check_count(rewrite: Rewrite) -> None:
     )
 
 
+_DDP_SPLITS = (
+    "DistributedDataParallel cuts the graph at its buckets before this backend sees it, and a MoE layer cut in two runs "
+    "unbalanced. Set torch._dynamo.config.optimize_ddp = False before the first step."
+)
+
+
+def _ddp_splits_graphs() -> bool:
+    """Is this a compilation inside a DistributedDataParallel forward whose graph Dynamo splits into buckets?"""
+    splits = torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer")
+    return splits and DistributedDataParallel._get_active_ddp_module() is not None
+
+
 def _say_what_is_missing(rewrite: Rewrite) -> None:
     for miss in rewrite.misses:
         log.info("%s runs unbalanced: %s", miss.name, miss.reason)
+    if _ddp_splits_graphs() and (rewrite.misses or not rewrite.prepared):
+        _warn_once(f"ultraep: {_DDP_SPLITS}")
     if rewrite.misses:
         names = ", ".join(m.name for m in rewrite.misses[:3]) + (", ..." if len(rewrite.misses) > 3 else "")
         _warn_once(
