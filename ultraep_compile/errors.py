@@ -50,6 +50,14 @@ class VerificationError(UltraEPError):
     """A rewritten model does not compute what the unmodified model computes."""
 
 
+class PoolError(UltraEPError, ValueError):
+    """A region of symmetric memory is unknown, differs between ranks, or is used outside its bounds or after close."""
+
+
+class PeerTimeoutError(UltraEPError, TimeoutError):
+    """A wait for another rank passed its deadline; what depended on it was not used."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A ` Did you mean 'x'?` clause for an unknown name, or the list of known ones."""
     known = sorted(known)
