@@ -73,9 +73,11 @@ def test_errors() -> None:
         "ScheduleError",
         "ShardingError",
         "VerificationError",
+        "PoolError",
+        "PeerTimeoutError",
     }
     not_of_values = {n for n in known if not issubclass(getattr(errors, n), ValueError)}
-    assert not_of_values == {"UltraEPError", "SiteCountError", "VerificationError"}
+    assert not_of_values == {"UltraEPError", "SiteCountError", "VerificationError", "PeerTimeoutError"}
 
 
 def test_json_of_explain() -> None:
