@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ultraep_compile.codegen import count_kernels, planner_kernels
+from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, planner_kernels
 
 INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "quota_p", "ids_p"}
 NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "n"}
@@ -30,6 +30,48 @@ def compiled(kernel: Any, capability: int, warps: int, **constants: Any) -> dict
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
+def grouped(capability: int) -> None:
+    """Products by descriptor in both layouts, through pointers in fp32, and the gradients."""
+    hopper, pointers = grouped_gemm_kernels.TENSOR_CORE_TILE, grouped_gemm_kernels.FP32_TILE
+    tile = hopper if capability == 90 else grouped_gemm_kernels.BLACKWELL_TILE
+    sizes = {"IN": 2880, "OUT": 2880, "ON_GPU": True}
+
+    def blocks(tile: grouped_gemm_kernels.Tile) -> dict[str, int]:
+        return {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner}
+
+    def built(kernel: Any, types: dict[str, str], tile: grouped_gemm_kernels.Tile, **constants: Any) -> Any:
+        types = {n: types.get(n) or ("*i32" if n.endswith("_p") else "i64") for n in kernel.arg_names}
+        signature = {n: "constexpr" if n in constants else kind for n, kind in types.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+    def described(*block: int) -> str:
+        return f"tensordesc<bf16[{','.join(map(str, block))}]>"
+
+    common = {"G": 66, "GM": 64, "SIZE": 640}
+    for last in (False, True):
+        weight = described(1, tile.columns, tile.inner) if last else described(1, tile.inner, tile.columns)
+        types = {"x": described(tile.rows, tile.inner), "masters": weight, "slots": weight, "y_p": "*bf16", "rows": "i32"}
+        flags = {"TMA": True, "MASTERS_INNER_LAST": last, "SLOTS_INNER_LAST": last, "WAIT": last}
+        made = built(grouped_gemm_kernels.product, types, tile, **common, **sizes, **flags, **blocks(tile))
+        assert "wgmma" in made.asm["ptx"] or "tcgen05.mma" in made.asm["ptx"]
+        assert made.metadata.shared <= 227 * 1024
+    types = {"x": "*fp32", "masters": "*fp32", "slots": "*fp32", "y_p": "*fp32", "rows": "i32"}
+    flags = {"TMA": False, "MASTERS_INNER_LAST": True, "SLOTS_INNER_LAST": True, "WAIT": False}
+    made = built(grouped_gemm_kernels.product, types, pointers, **common, **sizes, **flags, **blocks(pointers))
+    assert "tf32" not in made.asm["ptx"]
+    types = {"x_d": described(tile.inner, tile.rows), "g_d": described(tile.inner, tile.columns), "G": "i32"}
+    types |= {"x_p": "*bf16", "g_p": "*bf16", "out_p": "*bf16"}
+    shape = {"BI": tile.rows, "BO": tile.columns, "BK": tile.inner, "STEP": 16, "TMA": True}
+    assert built(grouped_gemm_kernels.weight_grad, types, tile, **sizes, **shape).metadata.shared <= 227 * 1024
+    small = grouped_gemm_kernels.Tile(0, 0, 0, 4, 3)
+    built(grouped_gemm_kernels.row_tiles, {"G": "i32"}, small, SIZE=640, GP=128, BM=128, BLOCK=128)
+    part = {"g_p": "*bf16", "part_p": "*fp32", "G": "i32", "C": "i32"}
+    built(grouped_gemm_kernels.take_part, part, small, SIZE=640, BM=512, STEP=16, BC=128)
+    built(grouped_gemm_kernels.take_sum, {"part_p": "*fp32", "out_p": "*bf16", "C": "i32"}, small, BC=128)
+
+
 def main(capability: int) -> None:
     """The planner for 64 ranks, 4 experts and 2 slots each; the counts of 8192 x 8 ids of 256 experts."""
     sizes = {"D": 64, "M": 4, "S": 2, "ALL_C": planner_kernels.CANDIDATES + planner_kernels.REFINED, "PDL": True}
@@ -45,6 +87,7 @@ def main(capability: int) -> None:
         compiled(planner_kernels.finish, capability, 4, **(sizes | common), XP=128, PER_DOMAIN=24)
     compiled(count_kernels.count_part, capability, 4, EP=256, BLOCK=1024, PER=1, PDL=True)
     compiled(count_kernels.count_sum, capability, 4, P=64, BLOCK=32, PDL=True)
+    grouped(capability)
 
 
 if __name__ == "__main__":

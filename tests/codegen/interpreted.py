@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from tests.codegen import grouped_cases
 from tests.codegen.planning_cases import check_plan, small_cases
 from ultraep_compile.codegen.count_kernels import expert_counts
 
@@ -26,6 +27,16 @@ def counts() -> None:
         assert torch.equal(expert_counts(ids, experts).long(), torch.bincount(ids.flatten(), minlength=experts))
     assert expert_counts(torch.tensor([[0, 2], [2, 1]]), 4).tolist() == [1, 1, 2, 0]
     assert expert_counts(torch.tensor([-1, 4, 0]), 4).tolist() == [1, 0, 0, 0]
+
+
+def grouped() -> None:
+    """Grouped products of odd sizes in both layouts, their gradients, and that a row's bits are its own."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in grouped_cases.SIZES:
+            grouped_cases.check_product(name, dtype, "cpu")
+            grouped_cases.check_weight_grad(name, dtype, "cpu")
+    grouped_cases.check_independence(torch.bfloat16, "cpu", 40, 24)
+    grouped_cases.check_row_sum(torch.float32, "cpu")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ def test_counts_in_the_interpreter() -> None:
     _run("interpreted", "counts", TRITON_INTERPRET="1")
 
 
+def test_grouped_products_in_the_interpreter() -> None:
+    _run("interpreted", "grouped", TRITON_INTERPRET="1")
+
+
 @pytest.mark.parametrize("capability", [90, 100])
 def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
     _run("ahead_of_time", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
@@ -82,3 +86,75 @@ class TestOnDevice:
         for tokens, experts in ((1, 5), (8192, 256), (50001, 1000)):
             ids = torch.randint(0, experts, (tokens, 8), device="cuda")
             assert torch.equal(expert_counts(ids, experts).long(), torch.bincount(ids.flatten(), minlength=experts))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_grouped_products(self, dtype: torch.dtype) -> None:
+        from tests.codegen import grouped_cases as cases
+
+        for name in cases.SIZES:
+            cases.check_product(name, dtype, "cuda")
+            cases.check_weight_grad(name, dtype, "cuda")
+        for inner, outer in ((40, 24), (128, 264), (37, 21)):
+            cases.check_independence(dtype, "cuda", inner, outer)
+        cases.check_row_sum(dtype, "cuda")
+
+    def test_grouped_products_past_two_to_the_31(self) -> None:
+        """Rows and weights whose last elements lie past 2^31."""
+        from tests.codegen.grouped_cases import close
+        from ultraep_compile.codegen.grouped_gemm_kernels import grouped_product, grouped_weight_grad
+
+        rows, wide, groups = 2**21 + 128, 1024, 2052
+        x = torch.zeros(rows, wide, device="cuda", dtype=torch.bfloat16)
+        x[-100:] = torch.randn(100, wide, device="cuda", dtype=torch.bfloat16)
+        weight = torch.zeros(groups, wide, wide, device="cuda", dtype=torch.bfloat16)
+        weight[-1] = torch.randn(wide, wide, device="cuda")
+        offsets = torch.full((groups + 1,), rows - 100, dtype=torch.int32, device="cuda")
+        offsets[0], offsets[-1] = 0, rows
+        for w in (weight, weight.transpose(1, 2)):
+            y = grouped_product(x, w[:-1], w[-1:], offsets)
+            close(y[-100:], x[-100:].double() @ w[-1].double(), 5e-3)
+            assert not y[:-100].any()
+            close(grouped_product(x, w, w[:0], offsets)[-100:], x[-100:].double() @ w[-1].double(), 5e-3)
+        del y, weight, w
+        dw = grouped_weight_grad(x, x, offsets)
+        close(dw[-1], x[-100:].double().T @ x[-100:].double(), 5e-3)
+        assert not dw[:-1].any()
+
+    def test_slots_wait_until_they_are_ready(self) -> None:
+        """Weights arrive from another stream while the product is running."""
+        from tests.codegen.grouped_cases import close, exact_product, make
+        from ultraep_compile.codegen.grouped_gemm_kernels import Ready, grouped_product
+
+        x, weight, offsets = make([2000, 300, 300], 256, 256, torch.bfloat16, device="cuda")
+        exact = exact_product(x, weight, offsets)
+        grouped_product(x, weight[:1], weight[1:], offsets)
+        slots = torch.full_like(weight[1:], torch.nan)
+        flags, epoch = torch.zeros(2, dtype=torch.int32, device="cuda"), torch.ones(1, dtype=torch.int32, device="cuda")
+        side = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            slots.copy_(weight[1:])
+            flags.fill_(1)
+        y = grouped_product(x, weight[:1], slots, offsets, Ready(flags, epoch))
+        close(y, exact, 5e-3)
+
+    def test_grouped_products_read_nothing_on_the_host(self) -> None:
+        from tests.codegen.grouped_cases import make
+        from ultraep_compile.ops import grouped_gemm as ops
+
+        x, weight, offsets = make([20, 30, 0], 64, 64, torch.bfloat16, device="cuda")
+        bias = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+
+        def everything() -> None:
+            y = ops.grouped_gemm(x, weight[:2], weight[2:], offsets)
+            ops.grouped_gemm_weight_grad(x, y, offsets)
+            ops.expert_take(bias[:2], bias[2:], offsets, x.shape[0])
+            ops.expert_take_grad(y, offsets)
+
+        everything()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            everything()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

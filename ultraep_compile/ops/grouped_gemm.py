@@ -4,21 +4,25 @@ Rows of group g lie at `offsets[g] .. offsets[g + 1]`; groups 0..Gm-1 use `maste
 masters are read in place and never copied beside the slots. Rows at and past `offsets[-1]` come out as zero (plain
 `torch._grouped_mm` leaves them uninitialised, and its gradient with them).
 
-Offsets are multiples of `ROW_ALIGNMENT`: with whole blocks of rows a CPU product gives every row the same bits
-whatever else shares its group, which is what makes balancing invisible in the forward values.
+A row has the same bits whatever else shares its group, which is what makes balancing invisible in the forward values.
+On a CPU that takes offsets that are multiples of `ROW_ALIGNMENT`, so that products see whole blocks of rows; on a GPU
+`codegen/grouped_gemm_kernels` sees to it, and reads nothing on the host. What it does not know (fp64) is multiplied
+group by group.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 ROW_ALIGNMENT = 8
 CUDA_BLOCK = 128
-"""Rows of one product where `torch._grouped_mm` does not apply: one shape, hence one kernel, hence the same bits."""
+"""Rows of one product of the library's: one shape, hence one kernel, hence the same bits."""
 
 
 @functools.cache
@@ -33,16 +37,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _cuda_grouped(x: Tensor, weight_GIO: Tensor, ends_G: Tensor) -> Tensor | None:
-    """`torch._grouped_mm` where it applies (bf16, 16-byte rows), else None."""
-    inner, outer = weight_GIO.shape[-2:]
-    if x.dtype != torch.bfloat16 or inner % 8 or outer % 8 or weight_GIO.shape[0] == 0 or x.shape[0] == 0:
+def _kernels(x: Tensor) -> Any:
+    """The Triton kernels where they apply, else None."""
+    if x.device.type != "cuda" or find_spec("triton") is None:
         return None
-    if weight_GIO.stride(-1) != 1 and weight_GIO.stride(-2) != 1:
-        weight_GIO = weight_GIO.contiguous()
-    return torch._grouped_mm(  # pyright: ignore[reportPrivateImportUsage]
-        x.contiguous(), weight_GIO, offs=ends_G.to(torch.int32)
-    )
+    from ultraep_compile.codegen import grouped_gemm_kernels
+
+    return grouped_gemm_kernels if x.dtype in grouped_gemm_kernels.DTYPES else None
 
 
 def _blockwise(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -56,22 +57,11 @@ def _blockwise(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _grouped_product(x: Tensor, masters: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.grouped_product(x, masters, slots, offsets)
     rows, outer = x.shape[0], masters.shape[-1]
     split = masters.shape[0]
-    if x.device.type == "cuda":
-        # Two calls, one per weight tensor. In the second the masters' rows fall to a leading group of slot 0's weight
-        # only by position, so it runs on the tail alone: its start must be known, hence one small read.
-        start = int(offsets[split])
-        first = _cuda_grouped(x[:start], masters, offsets[1 : split + 1])
-        second = _cuda_grouped(x[start:], slots, offsets[split + 1 :] - start)
-        if (first is not None or start == 0) and (second is not None or start == rows or slots.shape[0] == 0):
-            y = x.new_zeros(rows, outer)
-            end = int(offsets[-1])
-            if first is not None:
-                y[:start] = first
-            if second is not None:
-                y[start:end] = second[: end - start]
-            return y
     dtype = _compute_dtype(x)
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     bounds = offsets.tolist()
@@ -119,21 +109,11 @@ def grouped_gemm_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor
 
     Rows past the last offset are not read.
     """
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.grouped_weight_grad(x, grad, offsets)
     groups = offsets.shape[0] - 1
     bounds = offsets.tolist()
-    if (
-        x.device.type == "cuda"
-        and x.shape[0]
-        and x.dtype == torch.bfloat16
-        and not (x.shape[1] % 8 or grad.shape[1] % 8)
-    ):
-        end = bounds[-1]
-        if end:
-            out = torch._grouped_mm(  # pyright: ignore[reportPrivateImportUsage]
-                x[:end].t(), grad[:end].contiguous(), offs=offsets[1:].to(torch.int32)
-            )
-            empty = offsets[1:] == offsets[:-1]  # left uninitialised by some builds
-            return torch.where(empty.view(-1, 1, 1), out.new_zeros(()), out)
     dtype = _compute_dtype(x)
     out = torch.empty(groups, x.shape[1], grad.shape[1], dtype=x.dtype, device=x.device)
     for g, (a, b) in enumerate(itertools.pairwise(bounds)):
@@ -188,6 +168,9 @@ def _(masters: Tensor, slots: Tensor, offsets: Tensor, rows: int) -> Tensor:
 @torch.library.custom_op("ultraep::expert_take_grad", mutates_args=())
 def expert_take_grad(grad: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the gradient rows of every group, accumulated in fp32 (fp64 for fp64) in row order: [G, ...]."""
+    kernels = _kernels(grad)
+    if kernels is not None:
+        return kernels.grouped_row_sum(grad, offsets)
     lengths = (offsets[1:] - offsets[:-1]).to(torch.int64)
     used = int(offsets[-1])
     if used == 0 or grad.shape[1:].numel() == 0:

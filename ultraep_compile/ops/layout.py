@@ -78,3 +78,11 @@ def ordinal_in_group(group_N: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     ordinal = torch.empty_like(order)
     ordinal[order] = torch.arange(group_N.numel(), device=group_N.device) - starts[group_N[order]]
     return ordinal, sizes
+
+
+def rows_by_group(offsets: Tensor) -> Tensor:
+    """Group of every used row, int64 [offsets[-1]].
+
+    Example: offsets [0, 2, 2, 3] give [0, 0, 2].
+    """
+    return torch.arange(offsets.shape[0] - 1, device=offsets.device).repeat_interleave((offsets[1:] - offsets[:-1]).long())
