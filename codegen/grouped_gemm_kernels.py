@@ -39,12 +39,13 @@ class Tile(NamedTuple):
     inner: int
     warps: int
     stages: int
+    span: int = 8
 
 
 TENSOR_CORE_TILE = Tile(128, 256, 64, 8, 4)  # by descriptors, 16-bit operands, on Hopper
 BLACKWELL_TILE = TENSOR_CORE_TILE._replace(stages=3)  # results pass through shared memory there
 POINTER_TILE = Tile(128, 128, 32, 8, 3)  # 16-bit operands of odd sizes
-FP32_TILE = Tile(64, 128, 16, 8, 3)
+FP32_TILE = Tile(128, 128, 16, 8, 3)
 
 
 class Ready(NamedTuple):
@@ -54,11 +55,11 @@ class Ready(NamedTuple):
     epoch: Tensor  # int32 [1]
 
 
-@triton.jit
-def row_tiles(offsets_p, table_p, G, SIZE: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """Program g lists the tiles of group g: table = first tile of each group [G+1], group [SIZE], first row [SIZE].
+@triton.jit(do_not_specialize=["G", "size"])
+def row_tiles(offsets_p, table_p, G, size, GP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """Program g lists the tiles of group g: table = first tile of each group [G+1], group [size], first row [size].
 
-    Example: offsets [0, 3, 3, 5], BM=2, SIZE=5 give [0, 2, 2, 3 | 0, 0, 2, ... | 0, 2, 3, ...].
+    Example: offsets [0, 3, 3, 5], BM=2, size=5 give [0, 2, 2, 3 | 0, 0, 2, ... | 0, 2, 3, ...].
     """
     g = tl.program_id(0)
     all_g = tl.arange(0, GP)
@@ -75,7 +76,7 @@ def row_tiles(offsets_p, table_p, G, SIZE: tl.constexpr, GP: tl.constexpr, BM: t
             i = done + tl.arange(0, BLOCK)
             at = table_p + G + 1 + first + i
             tl.store(at, tl.zeros((BLOCK,), tl.int32) + g, mask=i < tiles)
-            tl.store(at + SIZE, start + i * BM, mask=i < tiles)
+            tl.store(at + size, start + i * BM, mask=i < tiles)
             done += BLOCK
 
 
@@ -110,15 +111,20 @@ def _operands(x, w, row, rows, group, column, k, sx, sg, sk, sn, IN: tl.constexp
 
 @triton.jit
 def _product_tiles(
-    x, w, y_p, group_p, row_p, offsets_p, flags_p, epoch_p, start, stop, first_group, rows, sx, sg, sk, sn,
+    x, w, y_p, group_p, row_p, offsets_p, flags_p, epoch_p, pid, first, row_tiles, first_group, rows, sx, sg, sk, sn,
     IN: tl.constexpr, OUT: tl.constexpr, TMA: tl.constexpr, INNER_LAST: tl.constexpr, WAIT: tl.constexpr,
-    ON_GPU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ON_GPU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of the tiles start .. stop-1, all of groups whose weights are w[group - first_group]."""
+    """This program's share of some tiles of rows, from the entry `first` of the table, whose weights are
+    w[group - first_group]. Programs next to each other share a weight tile over SPAN tiles of rows."""
     columns: tl.constexpr = (OUT + BN - 1) // BN
-    for t in tl.range(start, stop, tl.num_programs(0), flatten=not WAIT):
-        group, row = tl.load(group_p + t // columns), tl.load(row_p + t // columns)
-        column = t % columns * BN
+    for t in tl.range(pid, row_tiles * columns, tl.num_programs(0), flatten=not WAIT):
+        above = t // (SPAN * columns) * SPAN
+        height = tl.minimum(row_tiles - above, SPAN)
+        within = t % (SPAN * columns)
+        tile = first + above + within % height
+        column = within // height * BN
+        group, row = tl.load(group_p + tile), tl.load(row_p + tile)
         end = tl.load(offsets_p + group + 1)
         if WAIT:
             _wait_for_slot(flags_p, tl.load(epoch_p), group - first_group, ON_GPU)
@@ -136,28 +142,28 @@ def _product_tiles(
         tl.store(at, acc.to(y_p.dtype.element_ty), mask=(r < end)[:, None] & (c < OUT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "G", "GM", "size"])
 def product(
-    x, masters, slots, y_p, table_p, offsets_p, flags_p, epoch_p, rows, sx, mg, mk, mn, sg, sk, sn,
-    G: tl.constexpr, GM: tl.constexpr, SIZE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, TMA: tl.constexpr,
+    x, masters, slots, y_p, table_p, offsets_p, flags_p, epoch_p, rows, sx, mg, mk, mn, sg, sk, sn, G, GM, size,
+    MASTERS: tl.constexpr, SLOTS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, TMA: tl.constexpr,
     MASTERS_INNER_LAST: tl.constexpr, SLOTS_INNER_LAST: tl.constexpr, WAIT: tl.constexpr, ON_GPU: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """y[N, OUT]: products of the masters' tiles, then of the slots', then zeros past the last group."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    group_p, row_p = table_p + G + 1, table_p + G + 1 + SIZE
+    group_p, row_p = table_p + G + 1, table_p + G + 1 + size
     columns: tl.constexpr = (OUT + BN - 1) // BN
-    split, stop = tl.load(table_p + GM) * columns, tl.load(table_p + G) * columns
-    if GM > 0:
+    split, stop = tl.load(table_p + GM), tl.load(table_p + G)
+    if MASTERS:
         _product_tiles(
-            x, masters, y_p, group_p, row_p, offsets_p, flags_p, epoch_p, pid, split, 0, rows, sx, mg, mk, mn,
-            IN, OUT, TMA, MASTERS_INNER_LAST, False, ON_GPU, BM, BN, BK,
+            x, masters, y_p, group_p, row_p, offsets_p, flags_p, epoch_p, pid, 0, split, 0, rows, sx, mg, mk, mn,
+            IN, OUT, TMA, MASTERS_INNER_LAST, False, ON_GPU, BM, BN, BK, SPAN,
         )  # fmt: skip
-    if G > GM:
-        start = split + (pid + programs - split % programs) % programs  # goes on where the masters' walk ended
+    if SLOTS:
+        turned = (pid + programs - split * columns % programs) % programs  # goes on where the masters' walk ended
         _product_tiles(
-            x, slots, y_p, group_p, row_p, offsets_p, flags_p, epoch_p, start, stop, GM, rows, sx, sg, sk, sn,
-            IN, OUT, TMA, SLOTS_INNER_LAST, WAIT, ON_GPU, BM, BN, BK,
+            x, slots, y_p, group_p, row_p, offsets_p, flags_p, epoch_p, turned, split, stop - split, GM, rows,
+            sx, sg, sk, sn, IN, OUT, TMA, SLOTS_INNER_LAST, WAIT, ON_GPU, BM, BN, BK, SPAN,
         )  # fmt: skip
     used = tl.load(offsets_p + G)
     tail = tl.cdiv(rows - used, BM) * columns
@@ -171,49 +177,47 @@ def product(
 
 @triton.jit
 def _outer_product(x_p, g_p, acc, row, end, i0, o0, sx, sg, IN, OUT, ON_GPU: tl.constexpr,
-                   BI: tl.constexpr, BO: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """acc + x[rows].T @ grad[rows] for STEP rows, those at and past `end` left out."""
-    r, i, o = row + tl.arange(0, STEP), i0 + tl.arange(0, BI), o0 + tl.arange(0, BO)
-    a = tl.load(x_p + r[None, :].to(tl.int64) * sx + i[:, None], mask=(r < end)[None, :] & (i < IN)[:, None], other=0)
+                   BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """acc + x[rows].T @ grad[rows] for BK rows, those at and past `end` left out."""
+    r, i, o = row + tl.arange(0, BK), i0 + tl.arange(0, BI), o0 + tl.arange(0, BO)
+    a = tl.load(x_p + r[:, None].to(tl.int64) * sx + i[None, :], mask=(r < end)[:, None] & (i < IN)[None, :], other=0)
     b = tl.load(g_p + r[:, None].to(tl.int64) * sg + o[None, :], mask=(r < end)[:, None] & (o < OUT)[None, :], other=0)
     if ON_GPU:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(a.T, b, acc, input_precision="ieee")
+    return tl.dot(a.to(tl.float32).T, b.to(tl.float32), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def weight_grad(
     x_d, g_d, x_p, g_p, out_p, offsets_p, G, sx, sg, IN: tl.constexpr, OUT: tl.constexpr, TMA: tl.constexpr,
-    ON_GPU: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, STEP: tl.constexpr,
+    ON_GPU: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[G, IN, OUT]: whole steps of BK rows by descriptor, the rest of a group in masked steps of STEP rows."""
+    """out[G, IN, OUT]: first the group's last rows that fill no whole step of BK, masked, then the whole steps."""
     wide: tl.constexpr = (OUT + BO - 1) // BO
     each: tl.constexpr = (IN + BI - 1) // BI * wide
-    for t in tl.range(tl.program_id(0), G * each, tl.num_programs(0)):
+    for t in tl.range(tl.program_id(0), G * each, tl.num_programs(0), flatten=True):
         group = t // each
         i0, o0 = t % each // wide * BI, t % wide * BO
         row, end = tl.load(offsets_p + group), tl.load(offsets_p + group + 1)
+        whole = row + (end - row) // BK * BK
         acc = tl.zeros((BI, BO), tl.float32)
-        if TMA:
-            whole = row + (end - row) // BK * BK
-            for r in tl.range(row, whole, BK):
+        acc = _outer_product(x_p, g_p, acc, whole, end, i0, o0, sx, sg, IN, OUT, ON_GPU, BI, BO, BK)
+        for r in tl.range(row, whole, BK):
+            if TMA:
                 acc = tl.dot(x_d.load([r, i0]).T, g_d.load([r, o0]), acc)
-            row = whole
-        for r in tl.range(row, end, STEP):
-            acc = _outer_product(x_p, g_p, acc, r, end, i0, o0, sx, sg, IN, OUT, ON_GPU, BI, BO, STEP)
+            else:
+                acc = _outer_product(x_p, g_p, acc, r, whole, i0, o0, sx, sg, IN, OUT, ON_GPU, BI, BO, BK)
         i, o = i0 + tl.arange(0, BI), o0 + tl.arange(0, BO)
         at = out_p + group.to(tl.int64) * IN * OUT + i[:, None].to(tl.int64) * OUT + o[None, :]
         tl.store(at, acc.to(out_p.dtype.element_ty), mask=(i < IN)[:, None] & (o < OUT)[None, :])
 
 
-@triton.jit
-def take_part(
-    g_p, part_p, table_p, offsets_p, G, C, SIZE: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr
-):
+@triton.jit(do_not_specialize=["G", "size"])
+def take_part(g_p, part_p, table_p, offsets_p, G, C, size, BM: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr):
     """part[tile, C] = sum of the tile's rows, in fp32."""
     tile = tl.program_id(0)
     if tile < tl.load(table_p + G):
-        group, row = tl.load(table_p + G + 1 + tile), tl.load(table_p + G + 1 + SIZE + tile)
+        group, row = tl.load(table_p + G + 1 + tile), tl.load(table_p + G + 1 + size + tile)
         end = tl.minimum(tl.load(offsets_p + group + 1), row + BM)
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         acc = tl.zeros((STEP, BC), tl.float32)
@@ -325,14 +329,14 @@ def grouped_product(
     programs = min(_programs(x.device), (rows // tile.rows + groups) * triton.cdiv(outer, tile.columns))
     product[(programs,)](
         *operands, y, table, offsets, flags, epoch, rows, x.stride(0), *masters.stride(), *slots.stride(),
-        groups, masters.shape[0], size, inner, outer, tma, *inner_last, ready is not None, on_gpu,
-        tile.rows, tile.columns, tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+        groups, masters.shape[0], size, masters.shape[0] > 0, slots.shape[0] > 0, inner, outer, tma, *inner_last, ready is not None, on_gpu,
+        tile.rows, tile.columns, tile.inner, tile.span, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
 
 def grouped_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
-    """x[g].T @ grad[g] of every group, zero for an empty one, accumulated in fp32 in the order of the rows: [G, IN, OUT].
+    """x[g].T @ grad[g] of every group, zero for an empty one, accumulated in fp32 in a fixed order: [G, IN, OUT].
 
     Example: x = [[1], [2], [9]], grad = [[10], [20], [9]], offsets [0, 2, 2] give [[[50]], [[0]]].
     """
@@ -343,14 +347,13 @@ def grouped_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     x, grad = _rows_dense(x), _rows_dense(grad)
     tma = on_gpu and x.element_size() == 2 and _describable(x) and _describable(grad)
     tile = _tile(x, tma)
-    step = 16 if tma else tile.inner
     operands: list[Any] = [x, grad]
     if tma:
         operands = [_descriptor(x, [tile.inner, tile.rows]), _descriptor(grad, [tile.inner, tile.columns])]
     tiles = groups * triton.cdiv(inner, tile.rows) * triton.cdiv(outer, tile.columns)
     weight_grad[(min(_programs(x.device), tiles),)](
         *operands, x, grad, out, offsets, groups, x.stride(0), grad.stride(0), inner, outer, tma, on_gpu,
-        tile.rows, tile.columns, tile.inner, step, num_warps=tile.warps, num_stages=tile.stages,
+        tile.rows, tile.columns, tile.inner, num_warps=tile.warps, num_stages=min(3, tile.stages),
     )  # fmt: skip
     return out
 

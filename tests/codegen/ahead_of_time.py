@@ -49,26 +49,27 @@ def grouped(capability: int) -> None:
     def described(*block: int) -> str:
         return f"tensordesc<bf16[{','.join(map(str, block))}]>"
 
-    common = {"G": 66, "GM": 64, "SIZE": 640}
+    common = {"MASTERS": True, "SLOTS": True, "SPAN": 8}
+    numbers = {"rows": "i32", "G": "i32", "GM": "i32", "size": "i32"}
     for last in (False, True):
         weight = described(1, tile.columns, tile.inner) if last else described(1, tile.inner, tile.columns)
-        types = {"x": described(tile.rows, tile.inner), "masters": weight, "slots": weight, "y_p": "*bf16", "rows": "i32"}
+        types = {"x": described(tile.rows, tile.inner), "masters": weight, "slots": weight, "y_p": "*bf16", **numbers}
         flags = {"TMA": True, "MASTERS_INNER_LAST": last, "SLOTS_INNER_LAST": last, "WAIT": last}
         made = built(grouped_gemm_kernels.product, types, tile, **common, **sizes, **flags, **blocks(tile))
         assert "wgmma" in made.asm["ptx"] or "tcgen05.mma" in made.asm["ptx"]
         assert made.metadata.shared <= 227 * 1024
-    types = {"x": "*fp32", "masters": "*fp32", "slots": "*fp32", "y_p": "*fp32", "rows": "i32"}
+    types = {"x": "*fp32", "masters": "*fp32", "slots": "*fp32", "y_p": "*fp32", **numbers}
     flags = {"TMA": False, "MASTERS_INNER_LAST": True, "SLOTS_INNER_LAST": True, "WAIT": False}
     made = built(grouped_gemm_kernels.product, types, pointers, **common, **sizes, **flags, **blocks(pointers))
     assert "tf32" not in made.asm["ptx"]
     types = {"x_d": described(tile.inner, tile.rows), "g_d": described(tile.inner, tile.columns), "G": "i32"}
     types |= {"x_p": "*bf16", "g_p": "*bf16", "out_p": "*bf16"}
-    shape = {"BI": tile.rows, "BO": tile.columns, "BK": tile.inner, "STEP": 16, "TMA": True}
-    assert built(grouped_gemm_kernels.weight_grad, types, tile, **sizes, **shape).metadata.shared <= 227 * 1024
+    shape = {"BI": tile.rows, "BO": tile.columns, "BK": tile.inner, "TMA": True}
+    assert built(grouped_gemm_kernels.weight_grad, types, tile._replace(stages=3), **sizes, **shape).metadata.shared <= 227 * 1024
     small = grouped_gemm_kernels.Tile(0, 0, 0, 4, 3)
-    built(grouped_gemm_kernels.row_tiles, {"G": "i32"}, small, SIZE=640, GP=128, BM=128, BLOCK=128)
-    part = {"g_p": "*bf16", "part_p": "*fp32", "G": "i32", "C": "i32"}
-    built(grouped_gemm_kernels.take_part, part, small, SIZE=640, BM=512, STEP=16, BC=128)
+    built(grouped_gemm_kernels.row_tiles, numbers, small, GP=128, BM=128, BLOCK=128)
+    part = {"g_p": "*bf16", "part_p": "*fp32", "C": "i32", **numbers}
+    built(grouped_gemm_kernels.take_part, part, small, BM=512, STEP=16, BC=128)
     built(grouped_gemm_kernels.take_sum, {"part_p": "*fp32", "out_p": "*bf16", "C": "i32"}, small, BC=128)
 
 
