@@ -71,6 +71,7 @@ def test_errors() -> None:
         "TargetError",
         "TraceError",
         "ScheduleError",
+        "PartsError",
         "ShardingError",
         "VerificationError",
         "PoolError",

@@ -42,6 +42,10 @@ class ScheduleError(UltraEPError, ValueError):
     """A pipeline problem is impossible, or a schedule breaks one of its rules."""
 
 
+class PartsError(UltraEPError, ValueError):
+    """A model cannot be taken apart for a pipeline as asked, or a batch cannot be divided."""
+
+
 class ShardingError(UltraEPError, ValueError):
     """The experts of a model cannot be divided over the ranks as asked."""
 

@@ -15,11 +15,11 @@ from ultraep_compile.config import Options
 from ultraep_compile.errors import SiteCountError
 from ultraep_compile.formulas import LayerCost, layer_cost
 from ultraep_compile.ladder.climb import Finding
+from ultraep_compile.multimodal.roles import find_roles, no_roles
 from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.passes.lift import Miss, Site
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
 from ultraep_compile.preparation import as_call, prepare_call
-from ultraep_compile.roles import find_roles, no_roles
 
 
 @dataclass(frozen=True, slots=True)

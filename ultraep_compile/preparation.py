@@ -70,9 +70,16 @@ def as_call(inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...],
 
 def warm_up(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """One eager forward without gradients that leaves random state and buffers as they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _buffers_kept(model):
+    with untouched(model), torch.no_grad():
         model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Random state and buffers are afterwards as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), _buffers_kept(model):
+        yield
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import torch
 
 from tests import zoo_wide
 from tests.balancing import assert_as_good_as_eager, compiled_step, oracle_step, step
-from ultraep_compile import explain, prepare, roles
+from ultraep_compile import explain, prepare
+from ultraep_compile.multimodal import roles
 
 QUICK = {"dbrx", "llava"}
 

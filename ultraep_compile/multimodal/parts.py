@@ -10,11 +10,24 @@ Every part is a module that runs some of the model's own, unmodified forward. Pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+
+from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.anatomy import Anatomy, nothing_silent, study
+from ultraep_compile.multimodal.calls import Calls
+from ultraep_compile.multimodal.check import check_parts
+from ultraep_compile.multimodal.cut import balanced, trace_reads
+from ultraep_compile.multimodal.division import Division, even
+from ultraep_compile.multimodal.inputs import learn_inputs, learn_items
+from ultraep_compile.multimodal.loss_tokens import learn_loss_tokens
+from ultraep_compile.multimodal.modules import EncoderModule, PartModule, StageModule
+from ultraep_compile.multimodal.skeleton import loss_of
+from ultraep_compile.preparation import untouched
 
 
 @dataclass(slots=True)
@@ -65,10 +78,127 @@ class Parts:
     encoders: list[Encoder]
     stages: list[Stage]
     generators: list[Generator]
+    anatomy: Anatomy
+    sample_key: str
+    """The input whose dim 0 counts samples."""
+    loss_tokens: Callable[[Mapping[str, Any]], int]
+    """Inputs -> how many tokens their loss is the mean of."""
     states: int = 0
     """How many tensors the last stage returns before its loss: what generators read."""
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Parameters that several stages read (tied embeddings): their gradients are to be added up over those stages."""
+    unread: tuple[str, ...] = ()
+    """Parameters that no part reads: of generators that training does not call, of layers whose output is not used."""
 
     def microbatches(self, batch: Mapping[str, Any], count: int) -> list[Microbatch]:
-        raise NotImplementedError
+        """Divide a batch into `count` microbatches of samples in order, as even as possible.
+
+        The loss of the batch is the sum over microbatches of weight times loss, and so are its gradients.
+
+        Raises:
+            PartsError: fewer samples than microbatches, a missing modality, items that cannot be told apart, no loss tokens.
+        """
+        groups = self.anatomy.groups
+        division = Division(batch, groups, self.sample_key)
+        if not 1 <= count <= division.samples:
+            raise PartsError(
+                f"cannot split a batch of {division.samples} samples into {count} microbatches: give a larger batch or fewer microbatches"
+            )
+        chunks = even(division.samples, count)
+        inputs = [division.inputs(chunk) for chunk in chunks]
+        tokens = [self.loss_tokens(i) for i in inputs]
+        if not sum(tokens):
+            raise PartsError("no label of the batch counts in the loss: it would be the mean of nothing")
+        items = [{g.name: division.encoder_items(g, chunk) for g in groups} for chunk in chunks]
+        return [Microbatch(i, e, t / sum(tokens)) for i, e, t in zip(inputs, items, tokens, strict=True)]
+
+    def part_modules(self) -> list[PartModule]:
+        return [p.module for p in (*self.encoders, *self.stages, *self.generators) if isinstance(p.module, PartModule)]
+
+
+def find_parts(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    stages: int,
+    *,
+    costs: Sequence[float] | None = None,
+    loss_tokens: Callable[[Mapping[str, Any]], int] | None = None,
+    check: bool = True,
+) -> Parts:
+    """Take a model apart: encoders, `stages` stages of its language model, generators. The model itself does not change.
+
+    Args:
+        model: whole, with its real parameters; `Parts.keep` frees what a rank does not need.
+        batch: keyword arguments of one forward with labels and every modality; at least two samples.
+        stages: pipeline ranks times virtual stages.
+        costs: of each layer, to balance stages by; measured FLOPs of the forward by default.
+        loss_tokens: inputs -> tokens that their loss is the mean of; found by comparing losses by default.
+        check: compare loss and gradients of the parts with those of the model, on this batch.
+
+    Raises:
+        PartsError: no multimodal part, more stages than layers, a loss that is no mean over tokens, or values that go
+          around a cut, so that the parts do not compute what the model does.
+    """
+    with nothing_silent(model):
+        return _find_parts(model, batch, stages, costs, loss_tokens, check)
+
+
+def _find_parts(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    stages: int,
+    costs: Sequence[float] | None,
+    loss_tokens: Callable[[Mapping[str, Any]], int] | None,
+    check: bool,
+) -> Parts:
+    anatomy = study(model, batch)
+    if costs is not None and len(costs) != len(anatomy.layers):
+        raise PartsError(f"{len(costs)} costs for {len(anatomy.layers)} layers of {anatomy.roles.layers}")
+    ranges = balanced(costs or anatomy.costs, stages, anatomy.front, anatomy.head)
+    sample_key, features = learn_inputs(anatomy, batch)
+    calls = Calls(anatomy)
+    stage_modules = [StageModule(anatomy, calls, r.start, r.stop) for r in ranges]
+    encoders = [EncoderModule(anatomy, g) for g in anatomy.groups]
+    learn_items(anatomy, encoders, batch, sample_key, features)
+    feeds, unread = trace_reads(anatomy, encoders, stage_modules, batch)
+    found = Parts(
+        [Encoder(e.group.name, e, feeds[e.group.name]) for e in encoders],
+        [Stage(i, s) for i, s in enumerate(stage_modules)],
+        [],
+        anatomy,
+        sample_key,
+        loss_tokens or (lambda inputs: 1),
+        shared=_shared(stage_modules),
+        unread=tuple(unread),
+    )
+    if loss_tokens is None:
+        found.loss_tokens = _loss_tokens(found, batch)
+    if check:
+        check_parts(found, batch)
+    return found
+
+
+def _loss_tokens(parts: Parts, batch: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], int]:
+    model, groups = parts.anatomy.model, parts.anatomy.groups
+    if len(batch[parts.sample_key]) < 2:
+        raise PartsError(
+            "an example batch of one sample does not show what the loss is the mean of: give at least two samples"
+        )
+
+    def loss(inputs: Mapping[str, Any]) -> float:
+        with untouched(model), torch.no_grad():
+            return float(loss_of(model(**inputs)))
+
+    def halves(inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        division = Division(inputs, groups, parts.sample_key)
+        return [division.inputs(r) for r in even(division.samples, 2)]
+
+    return learn_loss_tokens(loss, halves, batch, parts.sample_key, {k for g in groups for k in g.keys})
+
+
+def _shared(stages: Sequence[PartModule]) -> dict[str, tuple[int, ...]]:
+    readers: dict[str, list[int]] = {}
+    for index, stage in enumerate(stages):
+        for name in stage.reads:
+            readers.setdefault(name, []).append(index)
+    return {name: tuple(r) for name, r in readers.items() if len(r) > 1}

@@ -1,0 +1,198 @@
+"""What one forward shows: which calls make features, what layers hand on, what each costs.
+
+The outputs of encoders and projectors are cut from the autograd graph and made its leaves. What the loss reaches of them is
+what the language model reads: features. What a projector's arguments reach ties it to the encoder before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.roles import Roles, watch_roles
+from ultraep_compile.multimodal.skeleton import Action, is_state, loss_of, run, variables_behind
+
+
+@dataclass(slots=True)
+class Group:
+    """An encoder, the projectors behind it, and where their features come out."""
+
+    name: str
+    paths: tuple[str, ...]
+    slots: list[tuple[str, int]]
+    """Features: (path of the part, leaf of its output), in the order in which they are made."""
+    once: bool
+    """Does every part that makes features run once in a forward?"""
+    keys: tuple[str, ...] = ()
+    """Inputs that the features depend on."""
+    required: bool = False
+    """Does the model fail without them?"""
+    placeholder: tuple[str, tuple[int, ...]] | None = None
+    """(input, ids) where features replace embeddings, if they do."""
+    item: str = "row"
+    """What the encoder can run on alone: a row of its inputs, a sample's rows, or only a whole microbatch."""
+
+
+@dataclass(slots=True)
+class Anatomy:
+    model: nn.Module
+    roles: Roles
+    layers: list[nn.Module]
+    groups: list[Group] = field(default_factory=list)
+    outputs: list[tuple[list[Any], Any]] = field(default_factory=list)
+    """Per layer the leaves and the structure of its output; None stands for a state."""
+    costs: list[float] = field(default_factory=list)
+    """FLOPs of the layers' forward; of what runs before them and of what runs behind them."""
+    front: float = 0.0
+    head: float = 0.0
+
+    def part(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+    def group_of(self, path: str) -> Group | None:
+        return next((g for g in self.groups if path in g.paths), None)
+
+
+def study(model: nn.Module, batch: Mapping[str, Any]) -> Anatomy:
+    """Run a model once on a batch, with gradients but without a backward.
+
+    Raises:
+        PartsError: no encoder, or no language model with a list of layers, was found.
+    """
+    roles = watch_roles(model, [], **batch)  # lists of experts lie inside layers
+    if not roles.encoders or not roles.layers:
+        raise PartsError(
+            f"{type(model).__name__} has no multimodal part: no encoder feeds its language model in a forward with "
+            f"{sorted(batch)}. Give an example batch that has every modality; a text-only model needs no nested pipeline."
+        )
+    found = Anatomy(model, roles, list(model.get_submodule(roles.layers)))  # pyright: ignore[reportArgumentType]
+    watcher = _Watcher(found)
+    with torch.enable_grad(), every_parameter_trainable(model), watcher.flops:
+        left, output = run(model, batch, watcher.actions())
+        loss = loss_of(output)
+    assert not left
+    read = watcher.leaves_behind([loss])
+    found.groups = _groups(found, watcher, read)
+    n = len(found.layers)
+    found.costs = [watcher.spent[i] for i in range(n)]
+    found.front, found.head = watcher.before, watcher.flops.get_total_flops() - watcher.at
+    found.outputs = [watcher.outputs[i] for i in range(n)]
+    return found
+
+
+class _Watcher:
+    def __init__(self, found: Anatomy) -> None:
+        self.found = found
+        self.flops = FlopCounterMode(display=False)
+        self.cut: dict[int, tuple[int, int]] = {}  # id of a leaf -> (call, place in the call's output)
+        self.calls: list[str] = []
+        self.fed_by: list[set[int]] = []  # per call: calls whose outputs its arguments depend on
+        self.alive: list[Tensor] = []
+        self.spent: dict[int, float] = {}
+        self.outputs: dict[int, tuple[list[Any], Any]] = {}
+        self.in_parts, self.before, self.at = 0.0, 0.0, 0.0
+
+    def actions(self) -> dict[nn.Module, Action]:
+        f = self.found
+        made: dict[nn.Module, Action] = {f.part(p): self._part(p) for p in (*f.roles.encoders, *f.roles.projectors)}
+        return made | {layer: self._layer(i) for i, layer in enumerate(f.layers)}
+
+    def _part(self, path: str) -> Action:
+        def action(own: Any, args: Any, kwargs: Any) -> Any:
+            call = len(self.calls)
+            self.calls.append(path)
+            self.fed_by.append({c for c, _ in self.leaves_behind(pytree.tree_leaves((args, kwargs)))})
+            start = self.flops.get_total_flops()
+            leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
+            self.in_parts += self.flops.get_total_flops() - start
+            for i, leaf in enumerate(leaves):
+                if is_state(leaf):
+                    fresh = leaf.detach().requires_grad_()
+                    self.alive.append(fresh)  # an id is unique only while its object lives
+                    self.cut[id(fresh)] = (call, i)
+                    leaves[i] = fresh.clone()
+            return pytree.tree_unflatten(leaves, spec)
+
+        return action
+
+    def _layer(self, index: int) -> Action:
+        def action(own: Any, args: Any, kwargs: Any) -> Any:
+            start = self.flops.get_total_flops()
+            if not self.spent:
+                self.before = start - self.in_parts
+            output = own(*args, **kwargs)
+            self.at = self.flops.get_total_flops()
+            self.spent[index] = self.at - start
+            leaves, spec = pytree.tree_flatten(output)
+            self.outputs[index] = ([None if is_state(x) else x for x in leaves], spec)
+            return output
+
+        return action
+
+    def leaves_behind(self, values: Iterable[Any]) -> set[tuple[int, int]]:
+        return {self.cut[id(v)] for v in variables_behind(values) if id(v) in self.cut}
+
+
+class every_parameter_trainable:
+    """Frozen parameters leave no trace in a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.frozen = [p for p in model.parameters() if not p.requires_grad and is_state(p)]
+
+    def __enter__(self) -> None:
+        for p in self.frozen:
+            p.requires_grad_(True)
+
+    def __exit__(self, *_: Any) -> None:
+        for p in self.frozen:
+            p.requires_grad_(False)
+
+
+class nothing_silent:
+    """Parameters that are zero as a whole (gates and projections of a model not yet trained) hide what depends on what.
+
+    They are small noise meanwhile, and zero again afterwards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.zero = [p for p in model.parameters() if is_state(p) and not p.is_meta and not bool(p.detach().any())]
+
+    def __enter__(self) -> None:
+        source = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.zero:
+                p.copy_(torch.randn(p.shape, generator=source) * 0.05)
+
+    def __exit__(self, *_: Any) -> None:
+        with torch.no_grad():
+            for p in self.zero:
+                p.zero_()
+
+
+def _groups(found: Anatomy, watcher: _Watcher, read: set[tuple[int, int]]) -> list[Group]:
+    """Parts tied by what they hand to one another; named by the first of them."""
+    graph: nx.Graph = nx.Graph()
+    graph.add_nodes_from(dict.fromkeys(watcher.calls))
+    for path, feeders in zip(watcher.calls, watcher.fed_by, strict=True):
+        graph.add_edges_from((path, watcher.calls[c]) for c in feeders)
+    groups = []
+    for paths in nx.connected_components(graph):
+        ordered = tuple(p for p in dict.fromkeys(watcher.calls) if p in paths)
+        slots = list(dict.fromkeys((watcher.calls[c], i) for c, i in sorted(read) if watcher.calls[c] in paths))
+        if slots:
+            once = all(watcher.calls.count(path) == 1 for path, _ in slots)
+            groups.append(Group(ordered[0], ordered, slots, once))
+    if not groups:
+        raise PartsError(
+            f"the loss of {type(found.model).__name__} depends on no output of {', '.join(found.roles.encoders)}; give an example "
+            "batch with labels, and images or sound."
+        )
+    return sorted(groups, key=lambda g: watcher.calls.index(g.name))

@@ -1,0 +1,121 @@
+"""What encoders and projectors would return for given inputs: shapes and integers, without features.
+
+A stage that does not run an encoder still runs the model's code around it (slicing, unpadding, merging), which needs
+tensors of the right shape. They depend on the shapes of the inputs and on the integers in them, so they are kept by these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ultraep_compile.multimodal.anatomy import Anatomy, Group
+from ultraep_compile.multimodal.skeleton import Action, Left, hollow, is_state, run
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tensor that is not made."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def hollow(self) -> Tensor:
+        return hollow(self.sizes, torch.empty((), dtype=self.dtype, device=self.device))
+
+
+@dataclass(frozen=True, slots=True)
+class PartCall:
+    path: str
+    leaves: tuple[Any, ...]
+    """Shapes of states; other values as they are."""
+    spec: Any
+
+
+class Calls:
+    """Calls of encoders and projectors in a forward with given inputs, in order."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self._known: dict[Any, tuple[PartCall, ...]] = {}
+
+    def __call__(self, inputs: Mapping[str, Any]) -> tuple[PartCall, ...]:
+        key = self._signature(inputs)
+        if key not in self._known:
+            if len(self._known) > 4096:
+                self._known.clear()
+            self._known[key] = tuple(self._watch(inputs))
+        return self._known[key]
+
+    def _signature(self, inputs: Mapping[str, Any]) -> Any:
+        keys = sorted({k for g in self.anatomy.groups for k in g.keys if inputs.get(k) is not None})
+        return tuple((k, *_signed(inputs[k])) for k in keys)
+
+    def _watch(self, inputs: Mapping[str, Any]) -> list[PartCall]:
+        calls: list[PartCall] = []
+
+        def noted(path: str) -> Action:
+            def action(own: Any, args: Any, kwargs: Any) -> Any:
+                output = own(*args, **kwargs)
+                leaves, spec = pytree.tree_flatten(output)
+                kept = (Shape(tuple(x.shape), x.dtype, x.device) if is_state(x) else x for x in leaves)
+                calls.append(PartCall(path, tuple(kept), spec))
+                return output
+
+            return action
+
+        def leave(own: Any, args: Any, kwargs: Any) -> Any:
+            raise Left(None)
+
+        actions: dict[Any, Action] = {self.anatomy.part(p): noted(p) for g in self.anatomy.groups for p in g.paths}
+        with torch.no_grad():
+            run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave})
+        return calls
+
+
+def _signed(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Tensor):
+        return (repr(value),)
+    content = b"" if value.is_floating_point() else value.detach().cpu().contiguous().numpy().tobytes()
+    return (tuple(value.shape), value.dtype, content)
+
+
+def answers(
+    calls: tuple[PartCall, ...], groups: list[Group], features: Mapping[str, tuple[Tensor, ...]]
+) -> dict[str, Action]:
+    """Actions that stand for encoders and projectors: their features as given, all else hollow.
+
+    Features of a part that is called several times are handed out in order, as many rows as each call makes.
+    """
+    left: dict[str, Iterator[PartCall]] = {}
+    for call in calls:
+        left.setdefault(call.path, iter([c for c in calls if c.path == call.path]))
+    place = {slot: (g.name, i) for g in groups for i, slot in enumerate(g.slots)}
+    used: dict[tuple[str, int], int] = {}
+
+    def answer(path: str) -> Action:
+        def action(own: Any, args: Any, kwargs: Any) -> Any:
+            call = next(left.get(path, iter(())), None)
+            assert call is not None, f"{path} was not called when its shapes were noted"
+            leaves = []
+            for i, leaf in enumerate(call.leaves):
+                given = features.get(place[path, i][0]) if (path, i) in place else None
+                if given is None:
+                    leaves.append(leaf.hollow() if isinstance(leaf, Shape) else leaf)
+                    continue
+                start = used.get((path, i), 0)
+                used[path, i] = start + leaf.sizes[0]
+                rows = given[place[path, i][1]][start : used[path, i]]
+                assert tuple(rows.shape) == leaf.sizes, f"features of {path}: {tuple(rows.shape)}, not {leaf.sizes}"
+                leaves.append(rows.clone())  # the model may write into it
+            return pytree.tree_unflatten(leaves, call.spec)
+
+        return action
+
+    return {p: answer(p) for g in groups for p in g.paths}

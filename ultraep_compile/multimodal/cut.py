@@ -1,0 +1,77 @@
+"""Where to cut the language model, and which parameters each part reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.anatomy import Anatomy, every_parameter_trainable
+from ultraep_compile.multimodal.modules import EncoderModule, StageModule
+from ultraep_compile.multimodal.skeleton import variables_behind
+
+
+def balanced(costs: Sequence[float], stages: int, front: float = 0.0, head: float = 0.0) -> list[range]:
+    """Contiguous ranges of layers, none empty, whose greatest cost is least; the ends carry what stands before and behind.
+
+    balanced([1, 1, 1, 1], 2, head=1.0) gives layers 0 to 2 and layer 3: three against one and the head.
+
+    Raises:
+        PartsError: more stages than layers.
+    """
+    n = len(costs)
+    if not 1 <= stages <= n:
+        raise PartsError(
+            f"{stages} stages for a language model of {n} layers: a stage needs a layer. Use at most {n} (ranks x virtual stages)."
+        )
+    total = [0.0, *itertools.accumulate(costs)]
+
+    def cost(a: int, b: int) -> float:
+        return total[b] - total[a] + front * (a == 0) + head * (b == n)
+
+    best = [(cost(0, b), [0, b]) if b else (0.0, [0]) for b in range(n + 1)]
+    for s in range(2, stages + 1):
+        best = [
+            min((max(best[a][0], cost(a, b)), [*best[a][1], b]) for a in range(s - 1, b)) if b >= s else best[b]
+            for b in range(n + 1)
+        ]
+    return [range(a, b) for a, b in itertools.pairwise(best[n][1])]
+
+
+def trace_reads(
+    anatomy: Anatomy, encoders: Sequence[EncoderModule], stages: Sequence[StageModule], batch: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Run the parts one after the other and note which parameters and features each one reads.
+
+    Sets the `reads` of all parts. Returns: encoder -> stages that read its features; parameters that no part reads.
+    """
+    model = anatomy.model
+    names = {id(p): n for n, p in model.named_parameters()}
+    feeds: dict[str, list[int]] = {e.group.name: [] for e in encoders}
+    with torch.enable_grad(), every_parameter_trainable(model):
+        features: dict[str, tuple[Tensor, ...]] = {}
+        for encoder in encoders:
+            made = encoder(**batch)
+            inside = [n for p in encoder.group.paths for n, _ in model.get_submodule(p).named_parameters(p)]
+            encoder.reads = _ordered(model, {names.get(id(v), "") for v in variables_behind(made)} | set(inside))
+            features[encoder.group.name] = tuple(f.detach().requires_grad_() for f in made)
+        hidden: tuple[Tensor, ...] = ()
+        for index, stage in enumerate(stages):
+            made = stage(hidden, batch, features)
+            behind = {id(v) for v in variables_behind(made)}
+            for name, group in features.items():
+                if any(id(f) in behind for f in group):
+                    feeds[name].append(index)
+            own = {id(p) for layer in anatomy.layers[stage.first : stage.last] for p in layer.parameters()}
+            stage.reads = _ordered(model, {names[i] for i in (behind | own) if i in names})
+            hidden = tuple(h.detach().requires_grad_() for h in made)
+    read = {n for part in (*encoders, *stages) for n in part.reads}
+    return {n: tuple(s) for n, s in feeds.items()}, [n for n in names.values() if n not in read]
+
+
+def _ordered(model: torch.nn.Module, names: set[str]) -> tuple[str, ...]:
+    return tuple(n for n, _ in model.named_parameters() if n in names)

@@ -1,0 +1,134 @@
+"""Encoders and stages as modules: each runs its own part of the model's unmodified forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.anatomy import Anatomy, Group
+from ultraep_compile.multimodal.calls import Calls, answers
+from ultraep_compile.multimodal.skeleton import Action, Left, is_state, loss_of, run
+
+
+class PartModule(nn.Module):
+    """Some of a model's forward. Its parameters are those that it reads, under the names they have in the model."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        super().__init__()
+        object.__setattr__(self, "anatomy", anatomy)  # the model is no child: a part has not all of its parameters
+        self.reads: tuple[str, ...] = ()
+        """Names of the parameters; set once they are known."""
+
+    anatomy: Anatomy
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        start = f"{prefix}." if prefix else ""
+        for name in self.reads:
+            yield start + name, self.anatomy.model.get_parameter(name)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {name: p.detach() for name, p in self.named_parameters(prefix.rstrip("."))}
+
+    def train(self, mode: bool = True) -> PartModule:
+        self.anatomy.model.train(mode)
+        return super().train(mode)
+
+
+class EncoderModule(PartModule):
+    """`forward(**item) -> tuple[Tensor, ...]`: features of one item, one tensor for each way in."""
+
+    def __init__(self, anatomy: Anatomy, group: Group) -> None:
+        super().__init__(anatomy)
+        self.group = group
+
+    def forward(self, **item: Any) -> tuple[Tensor, ...]:
+        group, anatomy = self.group, self.anatomy
+        made: dict[tuple[str, int], list[Tensor]] = {slot: [] for slot in group.slots}
+
+        def kept(path: str) -> Action:
+            def action(own: Any, args: Any, kwargs: Any) -> Any:
+                output = own(*args, **kwargs)
+                leaves = pytree.tree_leaves(output)
+                for slot in group.slots:
+                    if slot[0] == path:
+                        made[slot].append(leaves[slot[1]])
+                if group.once and all(made.values()):
+                    raise Left(None)  # before features meet the language model: an item may be less than a sample
+                return output
+
+            return action
+
+        def leave(own: Any, args: Any, kwargs: Any) -> Any:
+            raise Left(None)
+
+        actions: dict[Any, Action] = {anatomy.part(p): kept(p) for p in group.paths}
+        run(anatomy.model, item, actions | {anatomy.layers[0]: leave})
+        if not all(made.values()):
+            raise PartsError(
+                f"{group.name} did not run on an item with {sorted(item)}; it needs {', '.join(group.keys)}"
+            )
+        return tuple(torch.cat(t) if len(t) > 1 else t[0] for t in made.values())
+
+
+class StageModule(PartModule):
+    """`forward(hidden, inputs, features)`: layers `first` to `last` (exclusive), with what stands before or behind them.
+
+    Layers of stages before it hand on what they are given; the last of them hands on what the stage before computed.
+    """
+
+    def __init__(self, anatomy: Anatomy, calls: Calls, first: int, last: int) -> None:
+        super().__init__(anatomy)
+        self.calls, self.first, self.last = calls, first, last
+
+    @property
+    def is_last(self) -> bool:
+        return self.last == len(self.anatomy.layers)
+
+    def forward(
+        self, hidden: tuple[Tensor, ...], inputs: Mapping[str, Any], features: Mapping[str, tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        anatomy = self.anatomy
+        by_path = answers(self.calls(inputs), anatomy.groups, features)
+        actions: dict[Any, Action] = {anatomy.part(p): a for p, a in by_path.items()}
+        scratch = [h.detach().clone() for h in hidden] if self.first > 1 else []
+        for i, layer in enumerate(anatomy.layers):
+            if i < self.first:
+                given = [h.clone() for h in hidden] if i == self.first - 1 else scratch  # the model may write into it
+                actions[layer] = self._handed_on(i, given)
+            elif i >= self.last:
+                actions[layer] = self._behind
+        if not self.is_last:
+            actions[anatomy.layers[self.last - 1]] = self._last_own
+        left, output = run(anatomy.model, inputs, actions)
+        if left:
+            return output
+        if not self.is_last:
+            raise PartsError(
+                f"stage of layers {self.first} to {self.last - 1}: the forward ended without running its last layer. Layers that "
+                "are dropped at random cannot be pipelined; switch layer drop off."
+            )
+        return (loss_of(output),)
+
+    def _handed_on(self, index: int, states: list[Tensor]) -> Action:
+        leaves, spec = self.anatomy.outputs[index]
+
+        def action(own: Any, args: Any, kwargs: Any) -> Any:
+            given = iter(states)
+            return pytree.tree_unflatten([next(given) if leaf is None else leaf for leaf in leaves], spec)
+
+        return action
+
+    def _last_own(self, own: Any, args: Any, kwargs: Any) -> Any:
+        raise Left(tuple(x for x in pytree.tree_leaves(own(*args, **kwargs)) if is_state(x)))
+
+    def _behind(self, own: Any, args: Any, kwargs: Any) -> Any:
+        raise PartsError(
+            f"a layer behind number {self.last - 1} runs before it: layers that do not run in order cannot be cut"
+        )
