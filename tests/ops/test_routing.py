@@ -54,11 +54,25 @@ def test_reroute_interleaves_the_copies() -> None:
         assert used[[0, 3, 5]].min() >= 7
 
 
-def test_golden_stride_is_a_bijection() -> None:
-    sizes = torch.arange(0, 400)
-    strides = routing._golden_stride(sizes)
-    for n, s in zip(sizes.tolist(), strides.tolist(), strict=True):
-        assert len({(k * s) % n for k in range(n)}) == n
+def test_dealing_is_exact_in_token_order_and_even() -> None:
+    """Whole problems: every copy gets its share, numbers count up, and no window strays from the shares."""
+    column, number = routing.deal(
+        torch.arange(3), torch.zeros(3).long(), torch.full((3,), 2), torch.tensor([2, 3]), copies=2
+    )
+    assert column.tolist() == [1, 0, 0] and number.tolist() == [0, 0, 1]
+    generator = torch.Generator().manual_seed(0)
+    for copies in (1, 2, 3, 4, 7, 16):
+        shares = torch.randint(0, 60, (copies,), generator=generator)
+        shares[-1] += 1
+        n = int(shares.sum())
+        one = torch.ones(n, dtype=torch.int64)
+        column, number = routing.deal(torch.arange(n), 0 * one, copies * one, torch.cumsum(shares, 0), copies)
+        assert torch.equal(torch.bincount(column, minlength=copies), shares)
+        for c in range(copies):
+            assert torch.equal(number[column == c], torch.arange(int(shares[c])))
+        got = torch.cumsum(torch.nn.functional.one_hot(column, copies), 0)
+        due = torch.arange(1, n + 1).unsqueeze(1) * shares / n
+        assert (got - due).abs().max() <= max(1, (copies - 1).bit_length())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

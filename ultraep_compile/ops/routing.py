@@ -96,28 +96,30 @@ def _(counts_RE: Tensor, redundant_experts: int, planner: str, site: str) -> tup
 def reroute(ids: Tensor, slot_expert_RS: Tensor, shares_RP: Tensor, experts: int, group: str, site: str) -> Tensor:
     """Physical expert of every pair, int32 [T, K], such that every source rank keeps to its shares exactly.
 
-    The pairs of one source rank and expert are numbered in token order and dealt over the expert's copies with a
-    golden-ratio stride, so that any window of tokens uses all copies. Deterministic.
+    The pairs of one source rank and expert are dealt evenly in token order (see `deal`), so that any window of tokens
+    uses all copies. Deterministic.
 
-    Example: expert 0 has copies 0 and 5 with shares 2 and 1; its pairs go to 0, 0, 5 in an interleaved order.
+    Example: expert 0 has copies 0 and 5 with shares 2 and 1; its pairs go to 5, 0, 0.
     """
     started = time.perf_counter()
     ranks = shares_RP.shape[0]
     transport = transport_for(ranks, group)
     layout = ExpertLayout(experts, ranks, slot_expert_RS.shape[1])
     logical = physical_to_logical(slot_expert_RS, experts)
-    order = torch.argsort(torch.where(logical < 0, experts, logical), stable=True)  # copies of one expert side by side
+    logical = torch.where(logical < 0, experts, logical)
+    order = torch.argsort(logical, stable=True)  # copies of one expert side by side
     hosted = transport.hosted
     shares = shares_RP[hosted.start : hosted.stop].to(torch.int64)[:, order]
     line = torch.cumsum(shares.flatten(), 0)  # all pairs of all hosted sources, laid out by (source, expert, copy)
+    first = torch.searchsorted(logical[order], torch.arange(experts + 1, device=ids.device))
 
     source = transport.source_of_token(ids.shape[0], ids.device) - hosted.start
-    cell = (source.unsqueeze(1) * experts + ids.to(torch.int64)).flatten()
-    ordinal, sizes = ordinal_in_group(cell, len(hosted) * experts)
-    starts = torch.cumsum(sizes, 0) - sizes
-    size = sizes[cell]
-    position = starts[cell] + (ordinal * _golden_stride(sizes)[cell]) % size.clamp(min=1)
-    copy = torch.searchsorted(line, position, right=True)
+    expert = ids.to(torch.int64)
+    ordinal, _ = ordinal_in_group((source.unsqueeze(1) * experts + expert).flatten(), len(hosted) * experts)
+    row = (source * layout.physical).unsqueeze(1)
+    copy, _ = deal(
+        ordinal, (row + first[expert]).flatten(), (row + first[expert + 1]).flatten(), line, slot_expert_RS.numel() + 1
+    )
     physical = order[copy % layout.physical].to(torch.int32).view_as(ids)
     watch.rerouted(site, physical, layout, started)
     return physical
@@ -128,15 +130,36 @@ def _(ids: Tensor, slot_expert_RS: Tensor, shares_RP: Tensor, experts: int, grou
     return torch.empty_like(ids, dtype=torch.int32, memory_format=torch.contiguous_format)
 
 
-def _golden_stride(sizes: Tensor) -> Tensor:
-    """A stride near 0.618 n that is coprime with n, per group of n: multiplication by it modulo n is a bijection.
+def deal(ordinal: Tensor, first: Tensor, last: Tensor, line: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    """Deal numbered pairs over the copies of their expert, exactly by shares and evenly in any window.
 
-    Example: sizes [5, 8] give [3, 5].
+    The copies are halved again and again: of the n pairs at a node whose left half has shares l, pair k goes left where
+    floor(k*l/n) steps up, and floor(k*l/n) earlier ones went left. So every copy gets its share exactly, in token order,
+    and a pair's number among those of its copy falls out of the same arithmetic.
+
+    Args:
+        ordinal: int64 [N], number of the pair among those of its expert.
+        first, last: int64 [N], the expert's copies are columns first..last-1 of `line`.
+        line: int64, inclusive prefix sum of the shares of all columns.
+        copies: no expert has more.
+    Returns: column of the chosen copy, and the pair's number among those of that copy.
+
+    Example: shares 2 and 1 (line [2, 3]): pairs 0, 1, 2 go to columns 1, 0, 0 with numbers 0, 0, 1.
     """
-    stride = torch.round(sizes.double() * 0.6180339887498949).to(torch.int64).clamp(min=1)
-    for _ in range(64):  # consecutive coprimes are close; the loop ends after a few turns
-        bad = torch.gcd(stride, sizes.clamp(min=1)) != 1
-        if not bool(bad.any()):
-            return stride
-        stride = torch.where(bad, stride + 1, stride)
-    return torch.where(torch.gcd(stride, sizes.clamp(min=1)) != 1, 1, stride)
+    before = torch.cat([line.new_zeros(1), line])
+    low, high = before[first], before[last]
+    for _ in range((copies - 1).bit_length()):
+        middle = (first + last) // 2
+        open_ = last - first > 1
+        size, left = high - low, before[middle] - low
+        size = size.clamp(min=1)
+        share = ordinal * left
+        lefts = share // size
+        goes_left = open_ & (share - lefts * size + left >= size)
+        goes_right = open_ & ~goes_left
+        ordinal = torch.where(goes_left, lefts, torch.where(goes_right, ordinal - lefts, ordinal))
+        last = torch.where(goes_left, middle, last)
+        high = torch.where(goes_left, before[middle], high)
+        first = torch.where(goes_right, middle, first)
+        low = torch.where(goes_right, before[middle], low)
+    return first, ordinal
