@@ -1,0 +1,121 @@
+"""Reroute, dispatch and combine: plain torch, Triton's interpreter, compiled ahead of time, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+pytest.importorskip("triton")
+
+from tests.codegen.token_cases import (
+    TokenCase,
+    check_dispatch,
+    check_packed_trip,
+    check_reroute,
+    check_sum,
+    check_wire,
+    small_token_cases,
+)
+
+GROUPS = [
+    ["the example", "every expert chosen", "no tokens at all"],
+    ["one rank", "no slots, odd sizes", "repeated choices"],
+    ["one hot expert", "many copies", "padding"],
+]
+DISPATCHED = [["the example", "no tokens at all", "repeated choices"], ["padding"]]
+
+
+def _run(module: str, *arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", f"tests.codegen.{module}", *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g[0])
+def test_reroute_in_the_interpreter(group: list[str]) -> None:
+    _run("interpreted_tokens", "reroute", *group, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("group", DISPATCHED, ids=lambda g: g[0])
+def test_dispatch_in_the_interpreter(group: list[str]) -> None:
+    _run("interpreted_tokens", "dispatch", *group, TRITON_INTERPRET="1")
+
+
+def test_wire_format_and_sum_in_the_interpreter() -> None:
+    _run("interpreted_tokens", "wire", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
+    _run("ahead_of_time_tokens", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    ranks=st.sampled_from([1, 2, 3, 8]),
+    masters=st.integers(1, 4),
+    slots=st.integers(0, 3),
+    tokens=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    choices=st.integers(1, 4),
+    skew=st.floats(0, 20),
+    padding=st.sampled_from([0.0, 0.3]),
+    repeats=st.booleans(),
+    capacity=st.sampled_from([5, 16, 2**31 - 1]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_references_agree_with_the_ops(
+    ranks, masters, slots, tokens, choices, skew, padding, repeats, capacity, seed
+) -> None:
+    experts = ranks * masters
+    case = TokenCase.draw(
+        ranks, masters, min(slots, experts - masters), tokens, min(choices, experts), skew, seed, padding=padding,
+        repeats=repeats,
+    )  # fmt: skip
+    check_reroute(case, "cpu", list(range(ranks)), capacity)
+    check_dispatch(case, "cpu", 3, torch.bfloat16, max(capacity, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wire_reference(dtype: torch.dtype) -> None:
+    for rows, width in ((1, 1), (9, 128), (4, 300)):
+        check_wire("cpu", rows, width, dtype, seed=rows)
+    check_packed_trip(small_token_cases()["padding"], "cpu", 200)
+    check_sum(small_token_cases()["padding"], "cpu", 9, dtype)
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class TestOnDevice:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("name", list(small_token_cases()))
+    def test_small_cases(self, name: str) -> None:
+        case = small_token_cases()[name]
+        for capacity in (2**31 - 1, 11):
+            check_reroute(case, "cuda", list(range(case.layout.ranks)), capacity)
+        check_dispatch(case, "cuda", 9, torch.bfloat16)
+        check_dispatch(case, "cuda", 2056, torch.bfloat16, capacity=16, programs=3)
+        check_dispatch(case, "cuda", 5, torch.float32, capacity=7)
+        check_dispatch(case, "cuda", 1, torch.uint8)
+        for width in (130, 1024):
+            check_packed_trip(case, "cuda", width)
+            check_sum(case, "cuda", width, torch.bfloat16)
+
+    @pytest.mark.parametrize("ranks, masters, slots", [(64, 2, 2), (64, 4, 2), (40, 4, 1), (8, 32, 4), (128, 4, 2)])
+    def test_reroute_of_many_tokens(self, ranks: int, masters: int, slots: int) -> None:
+        for seed, tokens in enumerate((8192, 777, 20000, 70001)):
+            few = [tokens] + [50] * (ranks - 1)
+            case = TokenCase.draw(ranks, masters, slots, few, 8, (0.5, 4.0)[seed % 2], seed)
+            check_reroute(case, "cuda", [0], (2**31 - 1, 5000)[seed % 2])
+
+    def test_wire(self) -> None:
+        for rows, width in ((1, 1), (1000, 4096), (77, 300), (4, 7168)):
+            for dtype in (torch.bfloat16, torch.float32, torch.float16):
+                check_wire("cuda", rows, width, dtype, rows)
