@@ -11,6 +11,8 @@ Weights, slots in particular, are inputs of both programs and never kept.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import math
 import operator
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ultraep_compile.ops.grouped_gemm import expert_take, grouped_gemm
@@ -106,13 +108,27 @@ class RowProgram:
     out_bytes_per_row: int
     kept_bytes_per_row: int
     """Memory that one row holds between forward and backward."""
+    fuse: bool = False
+    """Let Inductor fuse what lies between the products, on a GPU."""
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        y, *kept = self.forward_module(*inputs)
+        y, *kept = self._pick(self.forward_module, inputs)(*inputs)
         return y, kept
 
     def backward(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], grad_y: Tensor) -> list[Tensor | None]:
-        return list(self.backward_module(*inputs, *kept, grad_y))
+        return list(self._pick(self.backward_module, inputs)(*inputs, *kept, grad_y))
+
+    def _pick(self, plain: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """The fused program for real rows on a GPU; fake ones, in a compiler's hands, only need shapes."""
+        if not self.fuse or not inputs[0].is_cuda or isinstance(inputs[0], FakeTensor):
+            return plain
+        return _fused(plain)
+
+
+@functools.cache
+def _fused(plain: fx.GraphModule) -> Callable[..., Any]:
+    """A program compiled by Inductor. As a new module: Dynamo never compiles code that was made while it compiled other code."""
+    return torch.compile(fx.GraphModule(plain, plain.graph))
 
 
 _programs: dict[tuple, RowProgram] = {}
@@ -124,18 +140,22 @@ def compile_row_function(
     *,
     is_product: Callable[[Any], bool],
     is_take: Callable[[Any], bool],
+    fuse: bool = False,
 ) -> RowProgram:
     """Trace a logical row function into a `RowProgram`; equal functions with equal signatures share one.
 
     Args:
         row_function: placeholders rows, expert_id, (weight if signature.weight), params..., consts...; returns [N, D_out].
         is_product, is_take: recognise the two markers by call target.
+        fuse: let Inductor fuse what lies between the products, on a GPU. Values then differ from those of the op-by-op program
+            by fewer roundings; rows stay independent of one another.
     """
     text = row_function.print_readable(print_output=False, include_stride=False, include_device=False)
-    key = (row_function.code, text, signature)
+    key = (row_function.code, text, signature, fuse)
     if key not in _programs:
         with unset_fake_temporarily():
-            _programs[key] = _trace(row_function, signature, is_product, is_take)
+            program = _trace(row_function, signature, is_product, is_take)
+        _programs[key] = dataclasses.replace(program, fuse=fuse)
     return _programs[key]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ultraep_compile.codegen.row_function import RowSignature, TensorSpec, compile_row_function
+from ultraep_compile.config import Options
 from ultraep_compile.errors import TopologyError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
@@ -35,7 +36,7 @@ def site_layout(site: Site, ranks: int, slots: int) -> ExpertLayout:
 
 
 def prepare_site(
-    site: Site, label: str, layout: ExpertLayout, group: str, options_digest: str
+    site: Site, label: str, layout: ExpertLayout, group: str, options: Options
 ) -> tuple[str, ExpertSite]:
     """Compile the site's row function and register it under `label`; returns its key."""
     sharded = any(is_unshard(n) for p in site.params for n in upstream(p))
@@ -54,10 +55,14 @@ def prepare_site(
         consts=tuple(_spec(c, leading=0) for c in site.consts),
     )
     program = compile_row_function(
-        site.row_function, signature, is_product=lambda t: t is expert_mm, is_take=lambda t: t is expert_take
+        site.row_function,
+        signature,
+        is_product=lambda t: t is expert_mm,
+        is_take=lambda t: t is expert_take,
+        fuse=options.inner == "inductor",
     )
     made = ExpertSite(label, layout, group, sharded, program)
-    content = repr((label, layout, group, sharded, program.key, options_digest))
+    content = repr((label, layout, group, sharded, program.key, options.digest()))
     key = f"{label}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     register_site(key, made)
     return key, made

@@ -115,7 +115,7 @@ def prove_rows_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
             verify_site(site)
             names[site.name] += 1
             label = site.name if names[site.name] == 1 else f"{site.name}#{names[site.name]}"
-            key, made = prepare_site(site, label, layout, rewrite.group, rewrite.options.digest())
+            key, made = prepare_site(site, label, layout, rewrite.group, rewrite.options)
         except UltraEPError:
             raise
         except Exception as reason:
