@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tests import zoo
 
 WIDTH, IMAGE, AUDIO, VIDEO = zoo.WIDTH, 111, 112, 113
+_samples, _layers = 2, 2
+"""Of the model that is being built."""
 Built = tuple[nn.Module, dict[str, Tensor]]
 
 LOOPS = ("dbrx", "jetmoe", "llama4_text", "switch_transformers", "deepseek_v32")
@@ -37,7 +39,9 @@ def _fitting(config: type, table: dict[str, Any], **more: Any) -> Any:
     """A configuration with those entries of a table that it knows."""
     default = config()
     renamed = getattr(default, "attribute_map", {})
-    known = {k: v for k, v in table.items() if k not in renamed and k in vars(default) | {f: 0 for f in _fields(config)}}
+    known = {
+        k: v for k, v in table.items() if k not in renamed and k in vars(default) | {f: 0 for f in _fields(config)}
+    }
     return config(**{**known, **more})
 
 
@@ -109,13 +113,17 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 
 def _prompt(images: int, token: int = IMAGE, length: int = 24) -> dict[str, Tensor]:
     """Tokens with placeholders from the third on, and labels without them."""
-    ids = torch.randint(3, 100, (2, length))
+    ids = torch.randint(3, 100, (_samples, length))
     ids[:, 2 : 2 + images] = token
     return {"input_ids": ids, "labels": ids.masked_fill(ids >= 100, -100)}
 
 
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.long)
+
+
 def _pixels() -> Tensor:
-    return torch.randn(2, 3, 16, 16)
+    return torch.randn(_samples, 3, 16, 16)
 
 
 def llava() -> Built:
@@ -152,7 +160,8 @@ def llava_onevision() -> Built:
         image_token_index=IMAGE, video_token_index=VIDEO, image_grid_pinpoints=[[16, 32], [32, 16]],
     )  # fmt: skip
     model = tr.LlavaOnevisionForConditionalGeneration(config)
-    pixels, sizes = torch.randn(2, 3, 3, 16, 16), torch.tensor([[16, 30], [30, 16]])
+    pixels = torch.randn(_samples, 3, 3, 16, 16)
+    sizes = torch.tensor([[16, 30], [30, 16]] * ((_samples + 1) // 2))[:_samples]
     with torch.no_grad():
         features = model.model.get_image_features(pixel_values=pixels, image_sizes=sizes)
     counts = [len(f) for f in getattr(features, "pooler_output", features)]
@@ -176,8 +185,8 @@ def _packed(kind: str, config: str, family: str) -> Built:
     batch = _prompt(4)
     batch["input_ids"][:, 1] = 114
     kinds = (batch["input_ids"] == IMAGE).int()
-    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    extra = {"pixel_values": torch.randn(32, 96), "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    grid = torch.tensor([[1, 4, 4]] * _samples)
+    extra = {"pixel_values": torch.randn(16 * _samples, 96), "image_grid_thw": grid, "mm_token_type_ids": kinds}
     return getattr(tr, kind)(whole), {**batch, **extra}
 
 
@@ -205,9 +214,9 @@ def qwen2_5_omni() -> Built:
     batch["input_ids"][:, 8:14] = torch.tensor([116, AUDIO, AUDIO, AUDIO, AUDIO, 117])
     batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] >= 100, -100)
     extra = {
-        "pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
-        "input_features": torch.randn(2, 16, 16), "feature_attention_mask": torch.ones(2, 16, dtype=torch.long),
-        "attention_mask": torch.ones(2, 24, dtype=torch.long),
+        "pixel_values": torch.randn(16 * _samples, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * _samples),
+        "input_features": torch.randn(_samples, 16, 16), "feature_attention_mask": _ones(_samples, 16),
+        "attention_mask": _ones(_samples, 24),
     }  # fmt: skip
     return tr.Qwen2_5OmniThinkerForConditionalGeneration(config), {**batch, **extra}
 
@@ -218,8 +227,8 @@ def qwen2_audio() -> Built:
         text_config=_text("qwen2"), audio_config=_fitting(tr.Qwen2AudioEncoderConfig, _SOUND), audio_token_index=AUDIO
     )
     extra = {
-        "input_features": torch.randn(2, 16, 32), "feature_attention_mask": torch.ones(2, 32, dtype=torch.long),
-        "attention_mask": torch.ones(2, 24, dtype=torch.long),
+        "input_features": torch.randn(_samples, 16, 32), "feature_attention_mask": _ones(_samples, 32),
+        "attention_mask": _ones(_samples, 24),
     }  # fmt: skip
     return tr.Qwen2AudioForConditionalGeneration(config), {**_prompt(8, AUDIO), **extra}
 
@@ -227,15 +236,15 @@ def qwen2_audio() -> Built:
 def mllama() -> Built:
     tr = _transformers()
     parts = tr.MllamaConfig.sub_configs
-    text = _fitting(parts["text_config"], zoo._SIZES, cross_attention_layers=[1])
+    text = _fitting(parts["text_config"], zoo._SIZES, cross_attention_layers=list(range(1, _layers, 2)))
     vision = _fitting(
         parts["vision_config"], _VISION, num_global_layers=1, intermediate_layers_indices=[0, 1], max_num_tiles=2,
         supported_aspect_ratios=[[1, 1], [1, 2]],
     )  # fmt: skip
-    one = lambda *shape: torch.ones(*shape, dtype=torch.long)  # noqa: E731
+    n = _samples
     extra = {
-        "pixel_values": torch.randn(2, 1, 2, 3, 16, 16), "aspect_ratio_ids": one(2, 1), "aspect_ratio_mask": one(2, 1, 2),
-        "cross_attention_mask": one(2, 24, 1, 2), "attention_mask": one(2, 24),
+        "pixel_values": torch.randn(n, 1, 2, 3, 16, 16), "aspect_ratio_ids": _ones(n, 1), "aspect_ratio_mask": _ones(n, 1, 2),
+        "cross_attention_mask": _ones(n, 24, 1, 2), "attention_mask": _ones(n, 24),
     }  # fmt: skip
     config = tr.MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
     return tr.MllamaForConditionalGeneration(config), {**_prompt(1), **extra}
@@ -244,7 +253,7 @@ def mllama() -> Built:
 def blip2() -> Built:
     tr = _transformers()
     text = tr.OPTConfig(
-        vocab_size=128, hidden_size=WIDTH, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=WIDTH,
+        vocab_size=128, hidden_size=WIDTH, num_hidden_layers=_layers, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=WIDTH,
         max_position_embeddings=64, dropout=0.0,
     )  # fmt: skip
     former = tr.Blip2QFormerConfig(
@@ -273,12 +282,15 @@ def janus() -> Built:
 def whisper() -> Built:
     tr = _transformers()
     config = tr.WhisperConfig(
-        vocab_size=128, num_mel_bins=16, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=128, num_mel_bins=16, d_model=WIDTH, encoder_layers=2, decoder_layers=_layers, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16, max_target_positions=32,
         decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    labels = torch.randint(3, 100, (2, 12))
-    return tr.WhisperForConditionalGeneration(config), {"input_features": torch.randn(2, 16, 32), "labels": labels}
+    labels = torch.randint(3, 100, (_samples, 12))
+    return tr.WhisperForConditionalGeneration(config), {
+        "input_features": torch.randn(_samples, 16, 32),
+        "labels": labels,
+    }
 
 
 def musicgen() -> Built:
@@ -289,13 +301,13 @@ def musicgen() -> Built:
         upsampling_ratios=[4, 2], target_bandwidths=[0.5],
     )  # fmt: skip
     decoder = tr.MusicgenDecoderConfig(
-        vocab_size=64, hidden_size=WIDTH, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4, num_codebooks=4,
+        vocab_size=64, hidden_size=WIDTH, num_hidden_layers=_layers, ffn_dim=48, num_attention_heads=4, num_codebooks=4,
         max_position_embeddings=64, pad_token_id=64, bos_token_id=64, dropout=0.0, audio_channels=1,
     )  # fmt: skip
     config = tr.MusicgenConfig(text_encoder=text.to_dict(), audio_encoder=codec.to_dict(), decoder=decoder.to_dict())
     config.decoder.decoder_start_token_id = 63
     config.decoder.pad_token_id = 63
-    batch = {"input_ids": torch.randint(3, 100, (2, 10)), "labels": torch.randint(0, 60, (2, 12, 4))}
+    batch = {"input_ids": torch.randint(3, 100, (_samples, 10)), "labels": torch.randint(0, 60, (_samples, 12, 4))}
     return tr.MusicgenForConditionalGeneration(config), batch
 
 
@@ -306,10 +318,21 @@ _MULTIMODAL: tuple[Callable[[], Built], ...] = (
 MULTIMODAL = tuple(f.__name__ for f in _MULTIMODAL)
 
 
-def build(name: str, seed: int = 0) -> Built:
-    """A model in train mode with example inputs."""
+def build(name: str, seed: int = 0, samples: int = 2, layers: int = 2) -> Built:
+    """A model in train mode with example inputs.
+
+    Args:
+        samples, layers: of a multimodal model: rows of its batch, layers of its language model.
+    """
+    global _samples, _layers
     if name not in LOOPS + MULTIMODAL:
         return zoo.build(name, seed=seed)
     torch.manual_seed(seed)
-    model, inputs = globals()[name]()
+    _samples, _layers = samples, layers
+    zoo._SIZES["num_hidden_layers"] = layers
+    try:
+        model, inputs = globals()[name]()
+    finally:
+        _samples = _layers = 2
+        zoo._SIZES["num_hidden_layers"] = zoo.LAYERS
     return model.train(), inputs

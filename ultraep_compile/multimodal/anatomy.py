@@ -57,8 +57,12 @@ class Anatomy:
     def part(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
 
-    def group_of(self, path: str) -> Group | None:
-        return next((g for g in self.groups if path in g.paths), None)
+    def around(self) -> list[nn.Module]:
+        """Modules outside of layers, encoders and projectors."""
+        inside = {
+            m for part in (*self.layers, *(self.part(p) for g in self.groups for p in g.paths)) for m in part.modules()
+        }
+        return [m for m in self.model.modules() if m not in inside]
 
 
 def study(model: nn.Module, batch: Mapping[str, Any]) -> Anatomy:

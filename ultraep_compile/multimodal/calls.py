@@ -75,7 +75,7 @@ class Calls:
 
         actions: dict[Any, Action] = {self.anatomy.part(p): noted(p) for g in self.anatomy.groups for p in g.paths}
         with torch.no_grad():
-            run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave})
+            run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave}, self.anatomy.around())
         return calls
 
 

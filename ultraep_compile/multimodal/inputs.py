@@ -14,7 +14,7 @@ from ultraep_compile.multimodal.anatomy import Anatomy, Group
 from ultraep_compile.multimodal.calls import Calls, answers
 from ultraep_compile.multimodal.division import Division
 from ultraep_compile.multimodal.modules import EncoderModule
-from ultraep_compile.multimodal.skeleton import Action, Left, is_state, run
+from ultraep_compile.multimodal.skeleton import Action, Left, is_state, run, variables_behind
 from ultraep_compile.preparation import untouched
 
 Features = dict[str, tuple[Tensor, ...]]
@@ -50,23 +50,32 @@ def learn_inputs(anatomy: Anatomy, batch: Mapping[str, Any]) -> tuple[str, Featu
     return _sample_key(anatomy, batch, len(entry)), features
 
 
+def _states_behind(anatomy: Anatomy, group: Group, batch: Mapping[str, Any]) -> list[str]:
+    """Inputs that features could pass a gradient to."""
+    leaves = {k: v.detach().requires_grad_() for k, v in batch.items() if is_state(v)}
+    with torch.enable_grad():
+        made = EncoderModule(anatomy, group)(**{**batch, **{k: v.clone() for k, v in leaves.items()}})
+    behind = {id(v) for v in variables_behind(made)}
+    return [k for k, v in leaves.items() if id(v) in behind]
+
+
 def _feeds(anatomy: Anatomy, group: Group, batch: Mapping[str, Any], key: str) -> bool:
+    """Does anything that encoder and projectors return change with an input?"""
     encoder = EncoderModule(anatomy, group)
-    expected = encoder(**batch)
+    expected = encoder.everything(batch)
     for changed in _changes(batch[key]):
         try:
-            made = encoder(**{**batch, key: changed})
+            made = encoder.everything({**batch, key: changed})
         except Exception:  # a nonsense value was refused
             return True
-        if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(made, expected, strict=True)):
+        if len(made) != len(expected) or not all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(made, expected, strict=True)
+        ):
             return True
     return False
 
 
 def _changes(value: Tensor) -> Iterator[Tensor]:
-    if is_state(value):
-        yield value * 0.5 + 0.25
-        return
     yield torch.zeros_like(value)
     if value.numel() and bool(((value == 0) | (value == 1)).all()):
         yield 1 - value.long() if value.dtype != torch.bool else ~value
@@ -80,7 +89,7 @@ def first_states(anatomy: Anatomy, batch: Mapping[str, Any], parts: Mapping[str,
         raise Left(next(x for x in pytree.tree_leaves((args, kwargs)) if is_state(x)))
 
     actions: dict[Any, Action] = {anatomy.part(p): a for p, a in parts.items()}
-    return run(anatomy.model, batch, actions | {anatomy.layers[0]: leave})[1]
+    return run(anatomy.model, batch, actions | {anatomy.layers[0]: leave}, anatomy.around())[1]
 
 
 def _runs_without(anatomy: Anatomy, batch: Mapping[str, Any], group: Group) -> bool:

@@ -49,17 +49,27 @@ class EncoderModule(PartModule):
         self.group = group
 
     def forward(self, **item: Any) -> tuple[Tensor, ...]:
+        made = self._outputs(item)
+        return tuple(
+            torch.cat(t) if len(t) > 1 else t[0]
+            for t in ([p[i] for q, p in made if q == path] for path, i in self.group.slots)
+        )
+
+    def everything(self, item: Mapping[str, Any]) -> list[Tensor]:
+        """All tensors that encoder and projectors return."""
+        return [x for _, leaves in self._outputs(item) for x in leaves if isinstance(x, Tensor)]
+
+    def _outputs(self, item: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+        """(part, leaves of its output) of every call."""
         group, anatomy = self.group, self.anatomy
-        made: dict[tuple[str, int], list[Tensor]] = {slot: [] for slot in group.slots}
+        made: list[tuple[str, list[Any]]] = []
+        wanted = {path for path, _ in group.slots}
 
         def kept(path: str) -> Action:
             def action(own: Any, args: Any, kwargs: Any) -> Any:
                 output = own(*args, **kwargs)
-                leaves = pytree.tree_leaves(output)
-                for slot in group.slots:
-                    if slot[0] == path:
-                        made[slot].append(leaves[slot[1]])
-                if group.once and all(made.values()):
+                made.append((path, pytree.tree_leaves(output)))
+                if group.once and wanted <= {p for p, _ in made}:
                     raise Left(None)  # before features meet the language model: an item may be less than a sample
                 return output
 
@@ -69,12 +79,12 @@ class EncoderModule(PartModule):
             raise Left(None)
 
         actions: dict[Any, Action] = {anatomy.part(p): kept(p) for p in group.paths}
-        run(anatomy.model, item, actions | {anatomy.layers[0]: leave})
-        if not all(made.values()):
+        run(anatomy.model, item, actions | {anatomy.layers[0]: leave}, anatomy.around())
+        if not wanted <= {p for p, _ in made}:
             raise PartsError(
                 f"{group.name} did not run on an item with {sorted(item)}; it needs {', '.join(group.keys)}"
             )
-        return tuple(torch.cat(t) if len(t) > 1 else t[0] for t in made.values())
+        return made
 
 
 class StageModule(PartModule):
@@ -106,7 +116,7 @@ class StageModule(PartModule):
                 actions[layer] = self._behind
         if not self.is_last:
             actions[anatomy.layers[self.last - 1]] = self._last_own
-        left, output = run(anatomy.model, inputs, actions)
+        left, output = run(anatomy.model, inputs, actions, anatomy.around())
         if left:
             return output
         if not self.is_last:

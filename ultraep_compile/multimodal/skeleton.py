@@ -55,9 +55,29 @@ def taken_over(actions: Mapping[nn.Module, Action]) -> Iterator[None]:
             module.__dict__.pop("_taken_over", None)
 
 
-def run(model: nn.Module, inputs: Mapping[str, Any], actions: Mapping[nn.Module, Action]) -> tuple[bool, Any]:
-    """(left early, value) of one forward."""
-    with taken_over(actions):
+@contextlib.contextmanager
+def without_weights(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Meta parameters are zeros without memory meanwhile.
+
+    What stands around a stage (embeddings, heads of other stages) runs for the shapes it makes, though its weights may be gone.
+    """
+    gone = [(m, n, p) for m in modules for n, p in m._parameters.items() if p is not None and p.is_meta]
+    try:
+        for module, name, p in gone:
+            like = torch.empty((), dtype=p.dtype, device=device)
+            module._parameters[name] = nn.Parameter(hollow(tuple(p.shape), like), requires_grad=False)
+        yield
+    finally:
+        for module, name, p in gone:
+            module._parameters[name] = p
+
+
+def run(
+    model: nn.Module, inputs: Mapping[str, Any], actions: Mapping[nn.Module, Action], around: Iterable[nn.Module] = ()
+) -> tuple[bool, Any]:
+    """(left early, value) of one forward. `around`: modules that may run without weights."""
+    device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
+    with taken_over(actions), without_weights(around, device):
         try:
             return False, model(**inputs)
         except Left as left:
