@@ -92,7 +92,7 @@ def _gradients(parts: Parts, steps: Any) -> tuple[float, Gradients]:
 
 def _weighted(loss: Tensor, microbatch: Microbatch) -> float:
     (loss * microbatch.weight).backward()
-    return float(loss) * microbatch.weight
+    return float(loss.detach()) * microbatch.weight
 
 
 def _chained(parts: Parts, microbatch: Microbatch) -> float:
@@ -113,7 +113,7 @@ def _chained(parts: Parts, microbatch: Microbatch) -> float:
         _backward(earlier, entry)
     for name, features in made.items():
         _backward(features, given[name])
-    return float(loss)
+    return float(loss.detach())
 
 
 def _features(encoder: Any, items: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
