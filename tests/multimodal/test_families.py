@@ -9,7 +9,6 @@ from tests import zoo_wide
 from ultraep_compile.multimodal.check import model_gradients, parts_gradients, relative_error
 from ultraep_compile.multimodal.parts import find_parts
 
-QUICK = {"llava", "qwen3_vl_moe", "mllama", "whisper"}
 FEEDS = {
     "qwen3_vl_moe": {"model.visual": (0, 1, 2)},  # features enter behind the first three layers
     "mllama": {"model.vision_model": (1, 3)},  # and here cross attention reads them
@@ -17,10 +16,6 @@ FEEDS = {
     "musicgen": {"text_encoder": (0, 1, 2, 3)},
     "qwen2_5_omni": {"audio_tower": (0,), "visual": (0,)},
 }
-
-
-def some(names):
-    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def build(name, samples=8):
@@ -46,7 +41,7 @@ def assert_same(parts, microbatches):
     assert max(errors.values()) <= 1e-5, max(errors, key=lambda n: errors[n])
 
 
-@pytest.mark.parametrize("name", some(zoo_wide.MULTIMODAL))
+@pytest.mark.parametrize("name", zoo_wide.MULTIMODAL)
 def test_chained(name):
     model, batch = build(name)
     keys, values = list(model.state_dict()), [p.detach().clone() for p in model.parameters()]
