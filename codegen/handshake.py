@@ -11,15 +11,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from ultraep_compile.codegen.waits import (
-    LIMIT,
-    RECORD,
-    SEEN_BY_RANK,
-    has_failed,
-    now,
-    publish,
-    record_failure,
-)
+from ultraep_compile.codegen.waits import has_failed, publish, wait_all
 from ultraep_compile.symmetric import control
 from ultraep_compile.symmetric.pool import SymmetricPool
 
@@ -50,31 +42,16 @@ def await_kernel(counts_p, control_p, rank0, site, R, RP: tl.constexpr, PHASE_CO
     turn = tl.load(mine_p + R + 1) + 1
     tl.store(mine_p + R + 1, turn)
     peer = tl.arange(0, RP)
-    start = now(my_control_p)
-    limit = tl.load(my_control_p + LIMIT)
-    waiting = not has_failed(my_control_p)
-    while waiting:
-        seen = tl.atomic_add(mine_p + peer, 0, mask=peer < R, sem="acquire", scope="sys")
-        absent = (peer < R) & ((seen - turn) < 0)
-        missing = tl.sum(absent.to(tl.int32), 0)
-        waiting = missing > 0
-        if waiting:
-            if now(my_control_p) - start > limit:
-                first = tl.min(tl.where(absent, peer, RP), 0)
-                count = tl.sum(tl.where(peer == first, seen, 0), 0)
-                record_p = tl.load(my_control_p + RECORD).to(tl.pointer_type(tl.int64))
-                if not has_failed(my_control_p):
-                    tl.store(record_p + SEEN_BY_RANK + peer, seen.to(tl.int64), mask=peer < R)
-                record_failure(my_control_p, PHASE_CODE, first, turn, count, site, 0, missing)
-            waiting = not has_failed(my_control_p)
+    expected = tl.zeros((RP,), tl.int32) + turn
+    wait_all(mine_p + peer, expected, peer < R, peer, my_control_p, site, PHASE_CODE, True, RP)
 
 
-def _width(ranks: int) -> int:
-    """At least a warp, so that no two lanes of it hold the same peer."""
-    return max(32, triton.next_power_of_2(ranks))
+def warp_width(n: int) -> int:
+    """At least a warp, so that no two lanes of it hold the same element."""
+    return max(32, triton.next_power_of_2(n))
 
 
-def _hosted(pools: SymmetricPool | Sequence[SymmetricPool]) -> list[SymmetricPool]:
+def hosted_pools(pools: SymmetricPool | Sequence[SymmetricPool]) -> list[SymmetricPool]:
     """The pools that this process drives: consecutive ranks of one group."""
     hosted = [pools] if isinstance(pools, SymmetricPool) else list(pools)
     assert hosted and [p.rank for p in hosted] == list(range(hosted[0].rank, hosted[0].rank + len(hosted)))
@@ -83,19 +60,19 @@ def _hosted(pools: SymmetricPool | Sequence[SymmetricPool]) -> list[SymmetricPoo
 
 def arrive(pools: SymmetricPool | Sequence[SymmetricPool], name: str) -> None:
     """Tell every rank that this one's earlier work on the stream is done. `name`: a region made by `counters`."""
-    hosted = _hosted(pools)
+    hosted = hosted_pools(pools)
     first = hosted[0]
     counts, controls = first.addresses(name), first.addresses(control.CONTROL)
-    arrive_kernel[(len(hosted),)](counts, controls, first.rank, first.ranks, _width(first.ranks), num_warps=1)
+    arrive_kernel[(len(hosted),)](counts, controls, first.rank, first.ranks, warp_width(first.ranks), num_warps=1)
 
 
 def await_all(pools: SymmetricPool | Sequence[SymmetricPool], name: str, phase: str, site: int = 0) -> None:
     """Later work on the stream starts after every rank's matching `arrive`; `phase` (one of `control.PHASES`) and
     `site` name it in the error if that takes longer than the deadline."""
-    hosted = _hosted(pools)
+    hosted = hosted_pools(pools)
     first = hosted[0]
     counts, controls = first.addresses(name), first.addresses(control.CONTROL)
     code = control.phase_code(phase)
     await_kernel[(len(hosted),)](
-        counts, controls, first.rank, site, first.ranks, _width(first.ranks), code, num_warps=1
+        counts, controls, first.rank, site, first.ranks, warp_width(first.ranks), code, num_warps=1
     )

@@ -105,3 +105,44 @@ def wait(flag_p, expected, control_p, PHASE_CODE: tl.constexpr, peer, site, inde
                     good = 0
                     waiting = False
     return good
+
+
+@triton.jit
+def wait_all(
+    flags_p, expected, wanted, peer, control_p, site, PHASE_CODE: tl.constexpr, BY_RANK: tl.constexpr, N: tl.constexpr
+):
+    """`wait` for a vector of N >= 32 flags at once, by a program of one warp (so that no two lanes poll one flag).
+
+    BY_RANK: flag i comes from rank i, and the record keeps all counts, so that the error can name every missing rank.
+    """
+    lane = tl.arange(0, N)
+    good = 1
+    waiting = not has_failed(control_p)
+    if not waiting:
+        good = 0
+    start = now(control_p)
+    limit = tl.load(control_p + LIMIT)
+    while waiting:
+        seen = tl.atomic_add(flags_p, 0, mask=wanted, sem="acquire", scope="sys")
+        absent = wanted & ((seen - expected) < 0)
+        missing = tl.sum(absent.to(tl.int32), 0)
+        waiting = missing > 0
+        if waiting:
+            late = now(control_p) - start > limit
+            if late:
+                first = tl.min(tl.where(absent, lane, N), 0)
+                here = lane == first
+                if BY_RANK:
+                    if not has_failed(control_p):
+                        record_p = tl.load(control_p + RECORD).to(tl.pointer_type(tl.int64))
+                        tl.store(record_p + SEEN_BY_RANK + lane, seen.to(tl.int64), mask=wanted)
+                else:
+                    missing = 0
+                record_failure(
+                    control_p, PHASE_CODE, tl.sum(tl.where(here, peer, 0), 0), tl.sum(tl.where(here, expected, 0), 0),
+                    tl.sum(tl.where(here, seen, 0), 0), site, first, missing,
+                )  # fmt: skip
+            if late | has_failed(control_p):
+                good = 0
+                waiting = False
+    return good
