@@ -33,16 +33,16 @@ def arrive_kernel(counts_p, control_p, rank0, R, RP: tl.constexpr):
         tl.atomic_xchg(peers_p + rank, tl.zeros((RP,), tl.int32) + count, mask=peer < R, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["rank0", "site"])
-def await_kernel(counts_p, control_p, rank0, site, R, RP: tl.constexpr, PHASE_CODE: tl.constexpr):
-    """Program i, of rank rank0 + i: wait until every rank's count has reached this rank's next turn. One warp."""
+@triton.jit(do_not_specialize=["rank0", "site", "lag"])
+def await_kernel(counts_p, control_p, rank0, site, lag, R, RP: tl.constexpr, PHASE_CODE: tl.constexpr):
+    """Program i, of rank rank0 + i: wait until every rank's count has reached this rank's turn - lag. One warp."""
     rank = rank0 + tl.program_id(0)
     mine_p = tl.load(counts_p + rank).to(tl.pointer_type(tl.int32))
     my_control_p = tl.load(control_p + rank).to(tl.pointer_type(tl.int64))
     turn = tl.load(mine_p + R + 1) + 1
     tl.store(mine_p + R + 1, turn)
     peer = tl.arange(0, RP)
-    expected = tl.zeros((RP,), tl.int32) + turn
+    expected = tl.zeros((RP,), tl.int32) + turn - lag
     wait_all(mine_p + peer, expected, peer < R, peer, my_control_p, site, PHASE_CODE, True, RP)
 
 
@@ -66,13 +66,15 @@ def arrive(pools: SymmetricPool | Sequence[SymmetricPool], name: str) -> None:
     arrive_kernel[(len(hosted),)](counts, controls, first.rank, first.ranks, warp_width(first.ranks), num_warps=1)
 
 
-def await_all(pools: SymmetricPool | Sequence[SymmetricPool], name: str, phase: str, site: int = 0) -> None:
-    """Later work on the stream starts after every rank's matching `arrive`; `phase` (one of `control.PHASES`) and
-    `site` name it in the error if that takes longer than the deadline."""
+def await_all(pools: SymmetricPool | Sequence[SymmetricPool], name: str, phase: str, site: int = 0, lag: int = 0) -> None:
+    """Later work on the stream starts after every rank's matching `arrive`: the n-th wait needs n - lag arrivals.
+
+    `phase` (one of `control.PHASES`) and `site` name it in the error if that takes longer than the deadline.
+    """
     hosted = hosted_pools(pools)
     first = hosted[0]
     counts, controls = first.addresses(name), first.addresses(control.CONTROL)
     code = control.phase_code(phase)
     await_kernel[(len(hosted),)](
-        counts, controls, first.rank, site, first.ranks, warp_width(first.ranks), code, num_warps=1
+        counts, controls, first.rank, site, lag, first.ranks, warp_width(first.ranks), code, num_warps=1
     )

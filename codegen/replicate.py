@@ -2,13 +2,12 @@
 
     bundle = Bundle.of("experts", ranks, slots, [gate_up, down])          # masters [M, ...] of this rank
     pool = open_pool(bundle.replicate_regions(), group, device)
-    free_slots(pool, bundle)                                              # each rank, after its last use of the slots
     replicate_to_slots(pool, bundle, [gate_up, down], slot_expert_RS)     # each rank, every time
     await_slots(pool, bundle, slot_expert_RS)                             # or wait per slot inside a kernel: stream.wait_part
     pool.region(bundle.region_of(0))                                      # this rank's slots [S, ...]
+    free_slots(pool, bundle)                                              # each rank, after its last use of the slots
 
-Every rank calls each of the three once per exchange. A pusher waits until all ranks have freed their slots for the n-th
-time before its n-th push, so nobody overwrites what is still being read. Nothing is read on the host.
+Every rank calls replicate and free once per exchange. A pusher's n-th push waits until all ranks have freed n - 1 times, so nobody overwrites what is still being read. Nothing is read on the host.
 Reference: `replicate_reference`.
 """
 
@@ -52,7 +51,6 @@ def replicate_source(bundle: Bundle, offsets: dict[str, int], alignments: Sequen
     """
     stage = int(relay)
     lists = route_layout(bundle, stage)
-    sources = bundle.slots if relay else bundle.masters
     chunks = [chunks_of(p.nbytes, bundle.chunk_bytes) for p in bundle.parts]
     name = "pass_on" if relay else "push"
     inputs = [] if relay else [f"part{i}_p" for i in range(len(bundle.parts))]
@@ -70,7 +68,7 @@ def replicate_source(bundle: Bundle, offsets: dict[str, int], alignments: Sequen
         "",
         '@triton.jit(do_not_specialize=["rank0", "site"])',
         f"def {name}({', '.join(['bases_p', 'rank0', 'site', *inputs])}):",
-        "    hosted = tl.program_id(1)",
+        "    hosted = tl.program_id(1).to(tl.int64)",
         "    rank = rank0 + hosted",
         "    own = tl.load(bases_p + rank)",
         f"    control_p = (own + {offsets[control.CONTROL]}).to(tl.pointer_type(tl.int64))",
@@ -191,7 +189,7 @@ def replicate_to_slots(
     check_plan(bundle, slot_expert_RS)
     if bundle.slots == 0 or not any(p.nbytes for p in bundle.parts):
         return
-    handshake.await_all(hosted, f"{bundle.name}.free", "slots are free", site)
+    handshake.await_all(hosted, f"{bundle.name}.free", "slots are free", site, lag=1)
     offsets = (first.offset(f"{bundle.name}.route"), first.offset(f"{bundle.name}.targets"))
     launch_routes(bundle, slot_expert_RS, first.bases, first.rank, len(hosted), offsets, mode)
     alignments = tuple(alignment_of(p.nbytes, t.data_ptr()) for p, t in zip(bundle.parts, masters, strict=True))

@@ -21,6 +21,16 @@ WEIGHTS = (
 )
 
 
+GRADS = (
+    Part((24, 40), torch.float32),
+    Part((7,), torch.float32),
+    Part((3, 11), torch.bfloat16),
+    Part((0,), torch.float32),
+    Part((70, 130), torch.float32),
+    Part((71, 129), torch.bfloat16),
+)
+
+
 def random_plan(ranks: int, masters: int, slots: int, seed: int, hot: float = 0.5) -> Tensor:
     """int32 [R, S]: no expert twice on a rank nor on its home; `hot`: how likely a slot takes the most copied expert."""
     rng = random.Random(seed)

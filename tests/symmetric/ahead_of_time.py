@@ -27,7 +27,7 @@ def main(capability: int) -> None:
     tables = {"counts_p": "*i64", "control_p": "*i64", "rank0": "i32"}
     ptx = compiled(arrive_kernel, capability, 1, {**tables, "R": "i32"}, RP=32)["ptx"]
     assert "fence.acq_rel.sys" in ptx and "sys.release" in ptx
-    signature = {**tables, "site": "i32", "R": "i32"}
+    signature = {**tables, "site": "i32", "lag": "i32", "R": "i32"}
     ptx = compiled(await_kernel, capability, 1, signature, RP=64, PHASE_CODE=0)["ptx"]
     assert "sys.acquire" in ptx and "globaltimer" in ptx
     signature = {"rows_p": "*i64", "flags_p": "*i64", "control_p": "*i64", "out_p": "*i64"}
