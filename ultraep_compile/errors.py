@@ -46,6 +46,10 @@ class PartsError(UltraEPError, ValueError):
     """A model cannot be taken apart for a pipeline as asked, or a batch cannot be divided."""
 
 
+class PipelineError(UltraEPError, RuntimeError):
+    """A pipeline cannot run a model, a batch or a schedule as asked, or another of its ranks is gone."""
+
+
 class ShardingError(UltraEPError, ValueError):
     """The experts of a model cannot be divided over the ranks as asked."""
 

@@ -1,0 +1,238 @@
+"""Communicators of a pipeline, one per channel, so that none holds up another.
+
+A header (shapes and which message it is) goes over gloo even where the payload goes over NCCL: the sender knows the
+shapes when it has *launched* its operation, so a receiver on a GPU needs not wait for the device to learn them, and a
+peer that is gone shows on the host, where a wait can end."""
+
+from __future__ import annotations
+
+import datetime
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultraep_compile.errors import PipelineError
+from ultraep_compile.executor import wire
+from ultraep_compile.schedules.actions import Op
+from ultraep_compile.schedules.messages import CHANNELS, Message
+
+HEADER_BYTES = 1024
+_HEADER, _MORE, _PAYLOAD = 1, 2, 3  # tags
+
+
+@dataclass(slots=True)
+class _Posted:
+    """A receive whose header is awaited."""
+
+    message: Message
+    buffer: Tensor
+    work: dist.Work
+
+
+class _Outbox:
+    """Sends under way. A thread waits for them in turn and lets go of their tensors: gloo tells nobody that a send has
+    ended, and a whole step's features must not stay in memory until its end."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.left: queue.Queue[tuple[Message, list[tuple[dist.Work, Tensor]]]] = queue.Queue()
+        self.failed: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def add(self, message: Message, work: list[tuple[dist.Work, Tensor]]) -> None:
+        self.left.put((message, work))
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, daemon=True, name=f"ultraep send {self.channel.name}")
+            self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            message, work = self.left.get()
+            try:
+                for started, _ in work:
+                    self.channel.finish(started)
+            except RuntimeError as error:
+                self.failed = self.failed or self.channel.failure(message, message.target, error)
+            started, work = None, []
+            self.left.task_done()
+
+    def drain(self) -> None:
+        """Wait until every send has ended; each has its deadline, so this ends."""
+        self.left.join()
+        if self.failed is not None:
+            raise self.failed
+
+
+@dataclass(slots=True)
+class Channel:
+    """One channel of one pipeline."""
+
+    name: str
+    headers: dist.ProcessGroup
+    payloads: dist.ProcessGroup
+    ranks: list[int]  # global rank of each pipeline rank
+    device: torch.device
+    deadline: float  # seconds that a peer may take
+    posted: dict[Message, _Posted] = field(default_factory=dict)
+    outbox: _Outbox = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outbox = _Outbox(self)
+
+    def post(self, message: Message) -> None:
+        """Begin to receive a message. Each pair of ranks must post in the order in which the other sends."""
+        buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        try:
+            work = dist.irecv(buffer, self.ranks[message.source], group=self.headers, tag=_HEADER)
+        except RuntimeError as error:
+            raise self.failure(message, message.source, error) from error
+        assert work is not None
+        self.posted[message] = _Posted(message, buffer, work)
+
+    def take(self, message: Message, step: int, waiting: Op) -> Any:
+        """Wait for a posted message and return its value. `waiting`: the operation that needs it."""
+        posted = self.posted.pop(message)
+        source = self.ranks[message.source]
+        try:
+            _wait(posted.work, self.deadline)
+            fields, more = wire.decode(posted.buffer)
+            if fields is None:
+                rest = torch.empty(more, dtype=torch.uint8)
+                _wait(dist.irecv(rest, source, group=self.headers, tag=_MORE), self.deadline)
+                fields = wire.json.loads(bytes(rest.numpy()))
+            self._check(message, step, fields)
+            entries = wire.shapes(fields["value"])
+            size = wire.buffer_size(entries)
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+            if size:
+                self._order(dist.irecv(buffer, source, group=self.payloads, tag=_PAYLOAD))
+        except RuntimeError as error:
+            raise self.failure(message, message.source, error, waiting) from error
+        return wire.unpack(fields["value"], wire.from_bytes(buffer, entries))
+
+    def send(self, message: Message, value: Any, step: int) -> None:
+        """Begin to send; returns at once."""
+        try:
+            description, tensors = wire.pack(value)
+        except TypeError as error:
+            raise PipelineError(f"{message.producer} on rank {message.source}: {error}.") from error
+        fields = {"step": step, "message": identity(message), "value": description}
+        head, rest = wire.encode(fields, HEADER_BYTES)
+        target = self.ranks[message.target]
+        parts = [(head, self.headers, _HEADER)]
+        if rest is not None:
+            parts.append((rest, self.headers, _MORE))
+        payload = wire.to_bytes(tensors)
+        if payload.numel():
+            parts.append((payload, self.payloads, _PAYLOAD))
+        work = []
+        try:
+            for tensor, group, tag in parts:
+                started = dist.isend(tensor, target, group=group, tag=tag)
+                assert started is not None
+                work.append((started, tensor))
+        except RuntimeError as error:
+            raise self.failure(message, message.target, error) from error
+        self.outbox.add(message, work)
+
+    def drain(self) -> None:
+        """Wait until every send has ended."""
+        self.outbox.drain()
+
+    def finish(self, work: dist.Work) -> None:
+        """Wait for a send on the host. NCCL's own wait would only order streams, so its state is looked at."""
+        if self.device.type != "cuda":
+            _wait(work, self.deadline)
+            return
+        until = time.monotonic() + self.deadline
+        while not work.is_completed():
+            if time.monotonic() > until:
+                raise RuntimeError(f"not finished after {self.deadline:g} s")
+            time.sleep(0.0005)
+
+    def _order(self, work: dist.Work | None) -> None:
+        """What is launched from now on comes after a payload's arrival. NCCL orders streams and does not hold up the
+        host: whether the payload ever came shows at the end of the step."""
+        assert work is not None
+        if self.device.type == "cuda":
+            work.wait()
+        else:
+            _wait(work, self.deadline)
+
+    def _check(self, message: Message, step: int, fields: dict[str, Any]) -> None:
+        expected = {"step": step, "message": identity(message)}
+        found = {key: fields[key] for key in expected}
+        if found != expected:
+            raise PipelineError(
+                f"Rank {message.target} expected {expected['message']} of step {step} and got {found['message']} of step "
+                f"{found['step']}: the ranks do not run the same schedule. Give every rank the same batch and options."
+            )
+
+    def failure(self, message: Message, peer: int, error: Exception, waiting: Op | None = None) -> PipelineError:
+        doing = f"{waiting} waits to receive" if waiting else "sending" if peer == message.target else "receiving"
+        rank = message.target if peer == message.source else message.source
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return PipelineError(
+            f"Rank {rank} (global {self.ranks[rank]}) cannot go on: {doing} the output of {message.producer} for "
+            f"microbatch {message.microbatch} on channel {message.channel}, peer rank {peer} (global {self.ranks[peer]}), "
+            f"deadline {self.deadline:g} s. That peer is dead, stopped, or waits for another one: its own message is the one "
+            f"to read first. ({text})"
+        )
+
+
+def identity(message: Message) -> str:
+    """A message's name on the wire."""
+    return f"{message.channel} {message.producer} {message.microbatch} {message.source}>{message.target}"
+
+
+def _wait(work: dist.Work | None, deadline: float) -> None:
+    """Wait on the host for at most `deadline` seconds; RuntimeError if it takes longer or the peer is gone."""
+    assert work is not None
+    work.wait(datetime.timedelta(seconds=deadline))
+
+
+def open_channels(
+    group: dist.ProcessGroup, device: torch.device, deadline: float, names: tuple[str, ...] = CHANNELS
+) -> dict[str, Channel]:
+    """One channel per name between the ranks of a pipeline's group. Collective over that group."""
+    ranks = dist.get_process_group_ranks(group)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    channels = {}
+    for name in names:
+        headers = new_group(ranks, "gloo", deadline)
+        payloads = new_group(ranks, backend, deadline) if backend != "gloo" else headers
+        channels[name] = Channel(name, headers, payloads, ranks, device, deadline)
+    return channels
+
+
+def new_group(ranks: list[int], backend: str, deadline: float) -> dist.ProcessGroup:
+    """A group of these ranks, made by them alone."""
+    made = dist.new_group(
+        ranks, datetime.timedelta(seconds=deadline), backend, use_local_synchronization=True
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def connect(channels: dict[str, Channel], rank: int) -> None:
+    """Open every pair's connection in one order, before any schedule runs. NCCL connects at the first message of a pair
+    and holds up the host meanwhile, which a schedule does not allow for."""
+    for channel in channels.values():
+        if channel.payloads is channel.headers:
+            continue
+        token = torch.zeros(1, device=channel.device)
+        ends = range(len(channel.ranks))
+        for low, high in ((a, b) for a in ends for b in ends if a < b):
+            for source, target in ((low, high), (high, low)):
+                if rank == source:
+                    dist.send(token, channel.ranks[target], group=channel.payloads)
+                elif rank == target:
+                    dist.recv(token, channel.ranks[source], group=channel.payloads)
+    if any(c.device.type == "cuda" for c in channels.values()):
+        torch.cuda.synchronize()
