@@ -63,7 +63,7 @@ class Outcome:
     """What one rank contributes to a step's result."""
 
     loss: Tensor  # weighted, of this rank's last stage and generators
-    metrics: list[Tensor]  # weighted sums, on the last stage's rank
+    metrics: list[tuple[bool, Tensor]]  # (averaged or added up, total), on the last stage's rank
 
 
 class StepRun:
@@ -207,17 +207,20 @@ class StepRun:
         weight = self.microbatches[j].weight
         if isinstance(tail[0], Tensor):
             self.outcome.loss += tail[0].float().reshape(()) * weight
-        for n, metric in enumerate(tail[1:]):
-            if isinstance(metric, Tensor) and metric.dim() == 0:
-                share = metric.double() * weight if metric.is_floating_point() else metric.to(torch.float64)
-                if n < len(self.outcome.metrics):
-                    self.outcome.metrics[n] += share
-                else:
-                    self.outcome.metrics.append(share)
+        self._count_metrics(tail[1:], weight)
         self.tails[j] = tail
         if self.generations[j]:
             self.states[j] = states
         self.give(op, lambda m: states)
+
+    def _count_metrics(self, metrics: list[Any], weight: float) -> None:
+        """Add single numbers up: floats weighted as the loss, integers (counts) as they are; the rest is left out."""
+        single = [m for m in metrics if isinstance(m, Tensor) and m.dim() == 0]
+        totals = self.outcome.metrics
+        if not totals:
+            totals += [(m.is_floating_point(), torch.zeros((), dtype=torch.float64, device=self.device)) for m in single]
+        for (averaged, total), metric in zip(totals, single, strict=True):
+            total += metric.double() * weight if averaged else metric
 
     def generate(self, op: Op) -> None:
         unit = self.units.generators[op.stage]

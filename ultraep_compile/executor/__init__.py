@@ -1,0 +1,1 @@
+"""Runs nested pipeline schedules on processes: start at `pipeline.py`, then `run.py`."""

@@ -1,0 +1,114 @@
+"""Which parameters a rank of a pipeline holds, under which names, and with whom it shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ultraep_compile.multimodal.parts import Parts
+
+
+@dataclass(slots=True)
+class Holdings:
+    """This rank's parameters."""
+
+    named: dict[str, nn.Parameter]  # held here, each once
+    replicated: list[nn.Parameter]  # of encoders and generators: on every rank
+    tied: list[tuple[tuple[int, ...], list[nn.Parameter]]]  # (pipeline ranks, what their stages share), on any ranks
+    owners: dict[str, int]  # lowest pipeline rank that holds each parameter of the whole model
+    counted: set[int]  # ids of the parameters whose norm this rank counts
+
+
+def part_names(parts: Parts) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the parts with the prefix of its names where there is no model to name them."""
+    for encoder in parts.encoders:
+        yield f"encoders.{encoder.name}.", encoder.module
+    for stage in parts.stages:
+        yield f"stages.{stage.index}.", stage.module
+    for generator in parts.generators:
+        yield f"generators.{generator.name}.", generator.module
+
+
+def names_of(model: nn.Module | None, parts: Parts) -> dict[str, nn.Parameter]:
+    """All parameters by the model's names, tied ones under each of theirs."""
+    if model is not None:
+        return dict(model.named_parameters(remove_duplicate=False))
+    return {
+        prefix + name: p
+        for prefix, module in part_names(parts)
+        for name, p in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def holdings(names: dict[str, nn.Parameter], parts: Parts, stage_rank: tuple[int, ...], rank: int) -> Holdings:
+    """What `rank` holds. Parameters that no part reads stay on rank 0, so that the state stays whole."""
+    everywhere = _ordered(p for part in (*parts.encoders, *parts.generators) for p in part.module.parameters())
+    where: dict[nn.Parameter, set[int]] = {}
+    for stage, r in zip(parts.stages, stage_rank, strict=True):
+        for p in stage.module.parameters():
+            where.setdefault(p, set()).add(r)
+    for p in names.values():
+        where.setdefault(p, {0})
+    for p in everywhere:
+        where[p] = set(range(max(stage_rank) + 1))
+    named: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, p in names.items():
+        if rank in where[p] and id(p) not in seen:
+            seen.add(id(p))
+            named[name] = p
+    shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for p, ranks in where.items():
+        if 1 < len(ranks) and p not in everywhere and p.requires_grad:
+            shared.setdefault(tuple(sorted(ranks)), []).append(p)
+    return Holdings(
+        named,
+        [p for p in everywhere if p.requires_grad],
+        sorted(shared.items()),
+        {name: min(where[p]) for name, p in names.items()},
+        {id(p) for p in named.values() if min(where[p]) == rank},
+    )
+
+
+def _ordered(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, None]:
+    return dict.fromkeys(parameters)
+
+
+def let_go(model: nn.Module, held: Iterable[nn.Parameter]) -> None:
+    """Replace every parameter of the model that this rank does not hold by one without memory, in place."""
+    keep = {id(p) for p in held}
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None or id(p) in keep or p.is_meta:
+                continue
+            if id(p) not in empty:
+                empty[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+            module._parameters[name] = empty[id(p)]
+
+
+def gather_state(
+    state: dict[str, Tensor], owners: dict[str, int], group: dist.ProcessGroup, rank: int
+) -> dict[str, Tensor]:
+    """The whole model's tensors on pipeline rank 0, on the CPU; an empty dict elsewhere. Collective over the pipeline.
+
+    `state`: every entry; those that other ranks hold on the meta device. What nobody owns (buffers) is rank 0's."""
+    ranks = dist.get_process_group_ranks(group)
+    whole: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        owner = owners.get(name, 0)
+        if rank == owner:
+            value = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).cpu().contiguous()
+            if rank:
+                dist.send(value, ranks[0], group=group)
+            else:
+                whole[name] = value.clone()
+        elif rank == 0:
+            whole[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            dist.recv(whole[name], ranks[owner], group=group)
+    return whole

@@ -1,0 +1,365 @@
+"""`ultraep_compile.pipeline`: a multimodal model trained as a nested pipeline, one process per rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ultraep_compile.errors import OptionError, PipelineError, nearest
+from ultraep_compile.executor import gradients
+from ultraep_compile.executor.channels import connect, new_group, open_channels
+from ultraep_compile.executor.costs import (
+    Rates,
+    estimated_rates,
+    make_problem,
+    measured_rates,
+    measured_work,
+    step_sizes,
+)
+from ultraep_compile.executor.holdings import Holdings, gather_state, holdings, let_go, names_of
+from ultraep_compile.executor.memory import Meter
+from ultraep_compile.executor.program import Program, check_fits, program_of
+from ultraep_compile.executor.run import Clock, StepRun, Units
+from ultraep_compile.executor.units import EncoderUnit, GeneratorUnit, StageUnit
+from ultraep_compile.multimodal.parts import Microbatch, Parts
+from ultraep_compile.schedules import METHODS, Problem, Schedule, parse_schedule, plan
+from ultraep_compile.schedules.simulate import Timeline
+
+_PLANS = 32  # kept at once
+_COSTS = ("estimated", "measured")
+_GENERATOR = ("whole", "split")
+MOST_METRICS = 32  # that a last stage may return
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a pipeline runs; the arguments of `pipeline`, checked."""
+
+    microbatches: int
+    method: str = "nested"
+    base: str = "1f1b"
+    virtual: int = 1
+    encoder_memory: float | None = None
+    generator_mode: str = "whole"
+    generator_group: int = 0
+    deadline: float = 300.0
+    costs: str = "estimated"
+    schedule: Schedule | None = None
+    trace: bool = False
+    measure_memory: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", METHODS), ("costs", _COSTS), ("generator_mode", _GENERATOR)):
+            value = getattr(self, name)
+            if value not in known:
+                raise OptionError(f"{name!r} is {value!r}. {nearest(str(value), known)}")
+        for name in ("microbatches", "virtual"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name!r} is {value!r}. Give a whole number of at least 1.")
+        if not self.deadline > 0:
+            raise OptionError(f"'deadline' is {self.deadline!r}. Give the seconds that a peer may take, more than 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step computed, the same on every rank of the pipeline."""
+
+    loss: Tensor  # 0-d, detached, not scaled: token-weighted mean over microbatches, mean over data-parallel pipelines
+    metrics: tuple[Tensor, ...]  # 0-d: floats averaged as the loss, integers added up
+    peak_bytes: dict[str, int]  # this rank's activations of encoders, LLM and generators; zeros unless measured
+
+    def __float__(self) -> float:
+        return float(self.loss)
+
+    def item(self) -> float:
+        return float(self.loss)
+
+
+class Pipeline:
+    """One rank's side of a pipeline. Made by `ultraep_compile.pipeline`; every rank makes its own and calls the same."""
+
+    def __init__(
+        self, model: nn.Module | None, parts: Parts, mesh: DeviceMesh, settings: Settings, pipeline_dim: str | None = None
+    ) -> None:
+        self.model, self.parts, self.mesh, self.settings = model, parts, mesh, settings
+        self.dim = _pipeline_dim(mesh, pipeline_dim)
+        flat = mesh if self.dim is None else mesh[self.dim]
+        self.group = flat.get_group()
+        self.rank, self.ranks = flat.get_local_rank(), flat.size()
+        self.device = _device_of(mesh)
+        self.stage_rank = _place(len(parts.stages), self.ranks, settings)
+        self.rates: Rates = estimated_rates(parts)
+        names = names_of(model, parts)
+        self.held: Holdings = holdings(names, parts, self.stage_rank, self.rank)
+        self.meter = Meter(settings.measure_memory)
+        self.units = self._units()
+        self._drop_other_stages()
+        members = dist.get_process_group_ranks(self.group)
+        self.control = new_group(members, "gloo", settings.deadline)
+        self.channels = open_channels(self.group, self.device, settings.deadline)
+        connect(self.channels, self.rank)
+        self.clock = Clock(self.device, settings.trace or settings.costs == "measured")
+        self.reductions = self._reductions()
+        self.steps = 0
+        self.program: Program | None = None
+        self.timeline: Timeline | None = None
+        self._programs: OrderedDict[Problem, Program] = OrderedDict()
+        _mark(self.held.named, self.group, self.held.counted)
+
+    def _units(self) -> Units:
+        device, meter, parts = self.device, self.meter, self.parts
+        return Units(
+            [EncoderUnit(e.name, e.module, device, meter) for e in parts.encoders],
+            {
+                s.index: StageUnit(s.index, s.module, device, meter)
+                for s, r in zip(parts.stages, self.stage_rank, strict=True)
+                if r == self.rank
+            },
+            [GeneratorUnit(g.name, g.module, device, meter) for g in parts.generators],
+            parts.states,
+        )
+
+    def _drop_other_stages(self) -> None:
+        if self.model is not None:
+            let_go(self.model, self.held.named.values())
+        self.meter.parameters = {gradients.local(p).untyped_storage().data_ptr() for p in self.held.named.values()}
+
+    def _reductions(self) -> list[gradients.Reduction]:
+        jobs = [gradients.Reduction(self.group, self.held.replicated)]
+        for ranks, shared in self.held.tied:
+            if self.rank in ranks:
+                jobs.append(gradients.Reduction(self.group, shared, among=ranks))
+        if self.dim is not None:
+            trainable = [p for p in self.held.named.values() if p.requires_grad]
+            jobs += gradients.outer_reductions(trainable, self.mesh, self.dim)
+        return jobs
+
+    @property
+    def outer_groups(self) -> list[dist.ProcessGroup]:
+        """The groups of pipelines that stand side by side, one for each other mesh dimension."""
+        names = [n for n in self.mesh.mesh_dim_names or () if n != self.dim] if self.dim is not None else []
+        return [self.mesh[n].get_group() for n in names if self.mesh[n].size() > 1]
+
+    def step(self, batch: Mapping[str, Any], scale: float = 1.0) -> StepResult:
+        """Forward and backward of a whole batch; gradients are added to those that parameters have.
+
+        Args:
+            batch: the same on every rank of the pipeline (each data-parallel pipeline has its own).
+            scale: factor on the gradients, as a gradient scaler wants; the returned loss has none.
+        Raises: PipelineError if the batch does not divide, or a peer does not answer within the deadline.
+        """
+        microbatches = self.parts.microbatches(batch, self.settings.microbatches)
+        program = self._program_for(microbatches)
+        before = {p: p.grad for p in self.held.named.values() if p.grad is not None}
+        for p in before:
+            p.grad = None
+        self.meter.start()
+        run = StepRun(program, self.units, self.channels, microbatches, self.steps, scale, self.clock)
+        outcome = run.run()
+        gradients.reduce(self.reductions)
+        for p, old in before.items():
+            p.grad = old if p.grad is None else old.add_(p.grad)
+        self.steps += 1
+        self.program = program
+        if self.clock.on:
+            self._after(program, microbatches)
+        loss, metrics = self._share(outcome.loss, outcome.metrics)
+        return StepResult(loss, metrics, dict(self.meter.peak))
+
+    def _program_for(self, microbatches: Sequence[Microbatch]) -> Program:
+        """The plan of this batch, made here and equal everywhere; made anew only if the batch's costs are."""
+        settings = self.settings
+        if len(microbatches) != settings.microbatches:
+            raise PipelineError(f"The batch was cut into {len(microbatches)} microbatches, not {settings.microbatches}.")
+        problem = self._problem(microbatches)
+        program = self._programs.get(problem)
+        if program is None:
+            if settings.schedule is not None:
+                check_fits(settings.schedule, problem)
+                schedule = settings.schedule
+            else:
+                group = settings.generator_group or (1 if settings.generator_mode == "split" else 0)
+                schedule = plan(problem, settings.method, settings.base, settings.encoder_memory, group)
+                check_fits(schedule, problem)
+            program = self._programs[problem] = program_of(schedule, self.rank)
+            if len(self._programs) > _PLANS:
+                self._programs.popitem(last=False)
+        self._agree(program.schedule, len(microbatches))
+        return program
+
+    def _problem(self, microbatches: Sequence[Microbatch]) -> Problem:
+        means: list[float] | None = None
+        if self.outer_groups:
+            table = self._mean_over_pipelines(step_sizes(self.parts, microbatches))
+            means = [float(f"{x:.3g}") for x in table]
+        split = self.settings.generator_mode == "split"
+        return make_problem(self.parts, microbatches, self.rates, self.stage_rank, split, means)
+
+    def _mean_over_pipelines(self, numbers: Sequence[float]) -> list[float]:
+        table = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        for group in self.outer_groups:
+            dist.all_reduce(table, group=group)
+            table /= group.size()
+        return table.tolist()
+
+    def _agree(self, schedule: Schedule, microbatches: int) -> None:
+        """Raise on every rank unless all have the same plan. Also where every step begins at the same time."""
+        digest = hashlib.blake2b(repr(schedule.ranks).encode(), digest_size=7).digest()
+        mine = torch.tensor([int.from_bytes(digest, "little"), self.steps, microbatches])
+        try:
+            all_ranks = _rows(mine, self.control)
+        except RuntimeError as error:
+            raise PipelineError(
+                f"Rank {self.rank}: some rank of the pipeline did not begin step {self.steps} within "
+                f"{self.settings.deadline:g} s, or is gone. ({str(error).splitlines()[0]})"
+            ) from error
+        odd = [r for r in range(self.ranks) if not torch.equal(all_ranks[r], mine)]
+        if odd:
+            raise PipelineError(
+                f"Ranks {odd} plan step {self.steps} differently from rank {self.rank}. Every rank of a pipeline needs the same"
+                " batch, options and number of steps."
+            )
+
+    def _share(self, loss: Tensor, metrics: list[tuple[bool, Tensor]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss and metrics of all ranks on every rank."""
+        row = torch.zeros(1 + 2 * MOST_METRICS, dtype=torch.float64, device=self.device)
+        row[0] = loss
+        for n, (averaged, value) in enumerate(metrics):
+            row[1 + n], row[1 + MOST_METRICS + n] = (1 if averaged else 2), value
+        dist.all_reduce(row, group=self.group)
+        kinds = row[1 : 1 + MOST_METRICS].tolist()
+        for group in self.outer_groups:
+            dist.all_reduce(row, group=group)
+            row[0] /= group.size()
+            for n, kind in enumerate(kinds):
+                if kind == 1:
+                    row[1 + MOST_METRICS + n] /= group.size()
+        values = row[1 + MOST_METRICS :]
+        found = [values[n].float() if kind == 1 else values[n].long() for n, kind in enumerate(kinds) if kind]
+        return row[0].float(), tuple(found)
+
+    def _after(self, program: Program, microbatches: Sequence[Microbatch]) -> None:
+        """Gather what was measured: the timeline, and once the rates."""
+        seconds = self.clock.seconds()
+        longest = max(len(ops) for ops in program.schedule.ranks)
+        mine = torch.zeros(longest, 2, dtype=torch.float64)
+        mine[: len(seconds)] = torch.tensor([[a, b] for _, a, b in seconds], dtype=torch.float64)
+        table = _rows(mine, self.control).tolist()
+        start = tuple(tuple(x[0] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True))
+        end = tuple(tuple(x[1] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True))
+        self.timeline = Timeline(program.schedule, start, end, max((e for row in end for e in row), default=0.0))
+        if self.settings.costs == "measured" and self.steps == 2:  # the first step warms up
+            self.calibrate(microbatches)
+
+    def calibrate(self, microbatches: Sequence[Microbatch]) -> None:
+        """Take the rates from the step that was just measured; plans from now on use them. Collective."""
+        table = torch.tensor(measured_work(self.parts, microbatches, self.clock.seconds()), dtype=torch.float64)
+        dist.all_reduce(table, group=self.control)
+        numbers = self._mean_over_pipelines(table.tolist()) if self.outer_groups else table.tolist()
+        self.rates = measured_rates(self.rates, numbers)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """That of the last step."""
+        return self.program.schedule if self.program else self.settings.schedule
+
+    def problem(self, batch: Mapping[str, Any]) -> Problem:
+        """The problem that a batch poses, for `schedules.plan`. Collective where pipelines stand side by side."""
+        return self._problem(self.parts.microbatches(batch, self.settings.microbatches))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this rank holds, each parameter once, under the unmodified model's names."""
+        yield from self.held.named.items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What this rank holds, for its optimizer. What several ranks hold gets equal gradients, so it stays equal."""
+        yield from self.held.named.values()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.parameters():
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's part of the unmodified model's state, under its names."""
+        return {name: t for name, t in self._whole().items() if not t.is_meta}
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The unmodified model's whole state on the pipeline's rank 0, on the CPU; empty elsewhere. Collective."""
+        return gather_state(self._whole(), self.held.owners, self.control, self.rank)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's part out of the unmodified model's state (or of a part of it that has all this rank holds)."""
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise PipelineError(f"The state lacks {missing[:5]} ({len(missing)} in all), which this rank holds.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.shape != state[name].shape:
+                    raise PipelineError(
+                        f"{name} has the shape {list(state[name].shape)} in the state, {list(tensor.shape)} here."
+                    )
+                tensor.copy_(state[name])
+
+    def _whole(self) -> dict[str, Tensor]:
+        """Every entry of the unmodified model's state; what other ranks hold has no memory here."""
+        if self.model is not None:
+            return self.model.state_dict()
+        held = {id(p) for p in self.held.named.values()}
+        names = names_of(None, self.parts)
+        return {n: p.detach() if id(p) in held else p.detach().to("meta") for n, p in names.items()}
+
+
+def _rows(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's tensor, [R, ...]."""
+    rows = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(rows, mine, group=group)
+    return torch.stack(rows)
+
+
+def _mark(parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup, counted: set[int]) -> None:
+    for p in parameters.values():
+        p._ultraep_pipeline = (group, id(p) in counted)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pipeline_dim(mesh: DeviceMesh, name: str | None) -> str | None:
+    """The mesh dimension along which stages lie; None if the mesh has one dimension without a name."""
+    names = mesh.mesh_dim_names
+    if names is None:
+        if mesh.ndim == 1:
+            return None
+        raise OptionError(f"The mesh has {mesh.ndim} dimensions without names. Make it with mesh_dim_names=('pp', 'dp').")
+    if name is None:
+        name = names[0] if len(names) == 1 else "pp"
+    if name not in names:
+        raise OptionError(f"The mesh has dimensions {names}, none of them {name!r}. Name one with pipeline_dim=.")
+    return name
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
+def _place(stages: int, ranks: int, settings: Settings) -> tuple[int, ...]:
+    """The rank of each stage."""
+    if stages != ranks * settings.virtual:
+        raise OptionError(
+            f"The model has {stages} stages, the mesh {ranks} ranks with {settings.virtual} virtual stages each. Cut it into"
+            f" {ranks * settings.virtual} stages."
+        )
+    if settings.base == "dualpipev":
+        return (*range(ranks), *reversed(range(ranks)))
+    return tuple(s % ranks for s in range(stages))
