@@ -11,12 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.executor import toys
 from tests.multirank import run_ranks
 from ultraep_compile.executor.holdings import names_of
-from ultraep_compile.executor.pipeline import Pipeline, Settings
+from ultraep_compile.executor.pipeline import Pipeline
+from ultraep_compile.executor.settings import Settings
 
 Case = dict[str, Any]
 
 
-def worst_difference(pipe: Pipeline, model: toys.Parts, batch: list, steps: int = 1) -> float:
+def worst_difference(pipe: Pipeline, model: toys.Parts, batch: list, steps: int = 2) -> float:
     """Largest relative difference of loss, metrics and this rank's gradients over a few steps of one batch."""
     single = toys.copied(model)
     worst = 0.0
@@ -41,7 +42,7 @@ def _cases(rank: int, ranks: int, cases: list[Case]) -> list[float]:
     found = []
     for number, case in enumerate(cases):
         case = dict(case)
-        kind = {k: case.pop(k) for k in ("sound", "generator") if isinstance(case.get(k), bool)}
+        kind = {k: case.pop(k) for k in ("sound", "painter") if k in case}
         made = {k: case.pop(k) for k in ("feeds", "tied", "frozen") if k in case}
         images = case.pop("images", 0.8)
         settings = Settings(case.pop("microbatches", 2 * ranks + 1), deadline=60.0, **case)
@@ -49,12 +50,8 @@ def _cases(rank: int, ranks: int, cases: list[Case]) -> list[float]:
         batch = toys.microbatches(settings.microbatches, number, images=images, **kind)
         single = toys.copied(model)
         pipe = Pipeline(None, model, mesh, settings)
-        found.append(worst_difference_of(pipe, single, batch))
+        found.append(worst_difference(pipe, single, batch))
     return found
-
-
-def worst_difference_of(pipe: Pipeline, single: toys.Parts, batch: list) -> float:
-    return worst_difference(pipe, single, batch, steps=2)
 
 
 TWO: dict[str, Case] = {
@@ -80,17 +77,11 @@ TWO: dict[str, Case] = {
 }
 GENERATORS: dict[str, Case] = {
     "whole": {"microbatches": 6},
-    "split": {"microbatches": 6, "split": True},
-    "split group": {"microbatches": 6, "split": True, "generator_group": 2},
+    "split": {"microbatches": 6, "generator": "split"},
+    "split group": {"microbatches": 6, "generator": "split", "generator_group": 2},
     "colocated": {"method": "colocated"},
     "encoder-first": {"method": "encoder-first"},
 }
-
-
-def _generator_case(case: Case) -> Case:
-    case = dict(case)
-    mode = "split" if case.pop("split", False) else "whole"
-    return {"generator": True, "generator_mode": mode, **case}
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -102,6 +93,6 @@ def test_methods_equal_one_process(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_generators_equal_one_process(ranks: int) -> None:
-    cases = [_generator_case(c) for c in GENERATORS.values()]
+    cases = [{"painter": True, **c} for c in GENERATORS.values()]
     for row in run_ranks(ranks, _cases, ranks, cases):
         assert all(x < 1e-5 for x in row), dict(zip(GENERATORS, row, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class Part(nn.Module):
             if tied:
                 self.head.weight = embedding.weight
 
-    def forward(self, hidden: tuple[Any, ...], inputs: dict[str, Any], features: dict[str, tuple[Tensor, ...]]) -> tuple:
+    def forward(
+        self, hidden: tuple[Any, ...], inputs: dict[str, Any], features: dict[str, tuple[Tensor, ...]]
+    ) -> tuple:
         ids = inputs["ids"]
         if self.embedding is not None:
             x, turn, nothing, mask = self.embedding(ids), 0, None, ids > 3
@@ -87,13 +89,17 @@ class Painter(nn.Module):
         return (self.out(x[row]).mean(0) * (1 + ids[row].float().mean()) - picture).square().mean()
 
 
-@dataclass
 class ToyParts(Parts):
+    """Parts that nobody had to find."""
+
+    def __init__(self, encoders: list[Encoder], stages: list[Stage], generators: list[Generator], states: int) -> None:
+        self.encoders, self.stages, self.generators, self.states = encoders, stages, generators, states
+
     def microbatches(self, batch: Mapping[str, Any], count: int) -> list[Microbatch]:
         return list(batch["microbatches"][:count])
 
 
-def parts(stages: int, feeds: tuple[int, ...] = (0,), sound: bool = False, generator: bool = False, tied: bool = True,
+def parts(stages: int, feeds: tuple[int, ...] = (0,), sound: bool = False, painter: bool = False, tied: bool = True,
           frozen: bool = False, seed: int = 0) -> ToyParts:  # fmt: skip
     torch.manual_seed(seed)
     embedding = nn.Embedding(WORDS, WIDTH)
@@ -102,12 +108,14 @@ def parts(stages: int, feeds: tuple[int, ...] = (0,), sound: bool = False, gener
         encoders.append(Encoder("sound", Sound(), (0,)))
     if frozen:
         encoders[0].module.requires_grad_(False)
-    made = [Stage(s, Part(s, stages, embedding, generator, tied)) for s in range(stages)]
-    generators = [Generator("painter", Painter())] if generator else []
-    return ToyParts(encoders, made, generators, states=2 if generator else 0)
+    made = [Stage(s, Part(s, stages, embedding, painter, tied)) for s in range(stages)]
+    generators = [Generator("painter", Painter())] if painter else []
+    return ToyParts(encoders, made, generators, states=2 if painter else 0)
 
 
-def microbatches(count: int, seed: int, sound: bool = False, generator: bool = False, images: float = 0.8) -> list[Microbatch]:
+def microbatches(
+    count: int, seed: int, sound: bool = False, painter: bool = False, images: float = 0.8
+) -> list[Microbatch]:
     """Ragged ones: 1 to 3 samples, 0 to 3 images each, of 1 to 5 patches."""
     g = torch.Generator().manual_seed(seed)
 
@@ -133,7 +141,7 @@ def microbatches(count: int, seed: int, sound: bool = False, generator: bool = F
         ids = nn.utils.rnn.pad_sequence(samples, batch_first=True)
         labels = torch.where(ids > 3, (ids * 7 + 1) % WORDS, -100)
         labels[0, -1] = 5
-        if generator:
+        if painter:
             items["painter"] = [{"row": r, "picture": torch.randn(PATCH, generator=g)} for r in range(len(samples))]
         made.append(Microbatch({"ids": ids, "labels": labels, "note": "text"}, items, 0.0))
     loss_tokens = [int((mb.inputs["labels"] >= 0).sum()) for mb in made]

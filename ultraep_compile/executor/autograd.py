@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ def weight_backward(parameters: Sequence[nn.Parameter], groups: list[dict[str, A
     stage_backward_weight(iter(parameters), [g for g in groups if g.get("grads") is not None])
 
 
-def can_split(module: nn.Module) -> bool:
-    """Whether a module's graph may be walked twice. Compiled code has one node for everything, and FSDP frees the
-    weights in between: their backward runs whole in its input part."""
+def can_split(modules: Iterable[nn.Module]) -> bool:
+    """Whether a graph made by these modules may be walked twice. Compiled code has one node for everything, and FSDP frees
+    the weights in between: their backward runs whole in its input part."""
     return not any(
-        isinstance(m, FSDPModule) or m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules()
+        isinstance(m, FSDPModule) or m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules
     )

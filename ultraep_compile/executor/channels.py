@@ -213,9 +213,7 @@ def open_channels(
 
 def new_group(ranks: list[int], backend: str, deadline: float) -> dist.ProcessGroup:
     """A group of these ranks, made by them alone."""
-    made = dist.new_group(
-        ranks, datetime.timedelta(seconds=deadline), backend, use_local_synchronization=True
-    )
+    made = dist.new_group(ranks, datetime.timedelta(seconds=deadline), backend, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
 

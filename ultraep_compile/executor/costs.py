@@ -31,20 +31,20 @@ class Rates:
     unit: str = "estimated"  # or "seconds"
 
 
-def weights(module: nn.Module) -> int:
-    """Parameters that take part in a product for every row: all but lookup tables."""
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+def weights(module: nn.Module, model: nn.Module | None = None) -> int:
+    """Parameters that take part in a product for every row: matrices, without the lookup tables of `model`."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if model else set()
     return sum(p.numel() for p in module.parameters() if p.dim() > 1 and id(p) not in tables) or 1
 
 
-def estimated_rates(parts: Parts) -> Rates:
-    """Rates in proportion to the parameters that a row meets."""
+def estimated_rates(parts: Parts, model: nn.Module | None = None) -> Rates:
+    """Rates in proportion to the parameters that a row meets. The first stage looks its table up; a tied head multiplies."""
     encoders, backwards = [], []
     for encoder in parts.encoders:
         rate = weights(encoder.module) / _row(encoder.module)
         encoders.append(rate)
         backwards.append(_BACKWARD * rate if any(p.requires_grad for p in encoder.module.parameters()) else 0.0)
-    stages = tuple(float(weights(stage.module)) for stage in parts.stages)
+    stages = tuple(float(weights(s.module, (model or s.module) if s.index == 0 else None)) for s in parts.stages)
     generators = tuple((1 + _BACKWARD) * weights(g.module) for g in parts.generators)
     return Rates(tuple(encoders), tuple(backwards), generators, stages, tuple(_BACKWARD * s for s in stages))
 

@@ -93,7 +93,9 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]
     size = 0
     for p in parameters:
         here = local(p)
-        if bucket and (local(bucket[0]).dtype != here.dtype or local(bucket[0]).device != here.device or size > _BUCKET):
+        if bucket and (
+            local(bucket[0]).dtype != here.dtype or local(bucket[0]).device != here.device or size > _BUCKET
+        ):
             yield bucket
             bucket, size = [], 0
         bucket.append(p)

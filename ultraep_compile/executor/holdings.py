@@ -13,15 +13,15 @@ from torch.distributed.tensor import DTensor
 from ultraep_compile.multimodal.parts import Parts
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Holdings:
-    """This rank's parameters."""
+    """Names of this rank's parameters. Names, since a parameter may be replaced (fully_shard) before the first step."""
 
-    named: dict[str, nn.Parameter]  # held here, each once
-    replicated: list[nn.Parameter]  # of encoders and generators: on every rank
-    tied: list[tuple[tuple[int, ...], list[nn.Parameter]]]  # (pipeline ranks, what their stages share), on any ranks
-    owners: dict[str, int]  # lowest pipeline rank that holds each parameter of the whole model
-    counted: set[int]  # ids of the parameters whose norm this rank counts
+    named: tuple[str, ...]  # held here, each parameter once
+    replicated: tuple[str, ...]  # of encoders and generators: on every rank
+    tied: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]  # (ranks whose stages share them, names)
+    owners: dict[str, int]  # lowest rank that holds each parameter of the whole model
+    counted: frozenset[str]  # those whose norm this rank counts
 
 
 def part_names(parts: Parts) -> Iterator[tuple[str, nn.Module]]:
@@ -47,36 +47,27 @@ def names_of(model: nn.Module | None, parts: Parts) -> dict[str, nn.Parameter]:
 
 def holdings(names: dict[str, nn.Parameter], parts: Parts, stage_rank: tuple[int, ...], rank: int) -> Holdings:
     """What `rank` holds. Parameters that no part reads stay on rank 0, so that the state stays whole."""
-    everywhere = _ordered(p for part in (*parts.encoders, *parts.generators) for p in part.module.parameters())
+    first = {p: name for name, p in reversed(names.items())}
     where: dict[nn.Parameter, set[int]] = {}
     for stage, r in zip(parts.stages, stage_rank, strict=True):
         for p in stage.module.parameters():
             where.setdefault(p, set()).add(r)
+    everywhere = dict.fromkeys(p for part in (*parts.encoders, *parts.generators) for p in part.module.parameters())
+    where |= {p: set(range(max(stage_rank) + 1)) for p in everywhere}
     for p in names.values():
         where.setdefault(p, {0})
-    for p in everywhere:
-        where[p] = set(range(max(stage_rank) + 1))
-    named: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, p in names.items():
-        if rank in where[p] and id(p) not in seen:
-            seen.add(id(p))
-            named[name] = p
-    shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    named = tuple(dict.fromkeys(first[p] for p in names.values() if rank in where[p]))
+    shared: dict[tuple[int, ...], list[str]] = {}
     for p, ranks in where.items():
         if 1 < len(ranks) and p not in everywhere and p.requires_grad:
-            shared.setdefault(tuple(sorted(ranks)), []).append(p)
+            shared.setdefault(tuple(sorted(ranks)), []).append(first[p])
     return Holdings(
         named,
-        [p for p in everywhere if p.requires_grad],
-        sorted(shared.items()),
+        tuple(first[p] for p in everywhere if p.requires_grad),
+        tuple((ranks, tuple(tied)) for ranks, tied in sorted(shared.items())),
         {name: min(where[p]) for name, p in names.items()},
-        {id(p) for p in named.values() if min(where[p]) == rank},
+        frozenset(first[p] for p in names.values() if min(where[p]) == rank),
     )
-
-
-def _ordered(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, None]:
-    return dict.fromkeys(parameters)
 
 
 def let_go(model: nn.Module, held: Iterable[nn.Parameter]) -> None:

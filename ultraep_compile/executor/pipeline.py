@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ultraep_compile.errors import OptionError, PipelineError, nearest
+from ultraep_compile.errors import OptionError, PipelineError
 from ultraep_compile.executor import gradients
 from ultraep_compile.executor.channels import connect, new_group, open_channels
 from ultraep_compile.executor.costs import (
@@ -28,45 +28,15 @@ from ultraep_compile.executor.holdings import Holdings, gather_state, holdings, 
 from ultraep_compile.executor.memory import Meter
 from ultraep_compile.executor.program import Program, check_fits, program_of
 from ultraep_compile.executor.run import Clock, StepRun, Units
+from ultraep_compile.executor.settings import Settings
 from ultraep_compile.executor.units import EncoderUnit, GeneratorUnit, StageUnit
+from ultraep_compile.multimodal import parts as multimodal
 from ultraep_compile.multimodal.parts import Microbatch, Parts
-from ultraep_compile.schedules import METHODS, Problem, Schedule, parse_schedule, plan
+from ultraep_compile.schedules import Problem, Schedule, plan
 from ultraep_compile.schedules.simulate import Timeline
 
 _PLANS = 32  # kept at once
-_COSTS = ("estimated", "measured")
-_GENERATOR = ("whole", "split")
 MOST_METRICS = 32  # that a last stage may return
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a pipeline runs; the arguments of `pipeline`, checked."""
-
-    microbatches: int
-    method: str = "nested"
-    base: str = "1f1b"
-    virtual: int = 1
-    encoder_memory: float | None = None
-    generator_mode: str = "whole"
-    generator_group: int = 0
-    deadline: float = 300.0
-    costs: str = "estimated"
-    schedule: Schedule | None = None
-    trace: bool = False
-    measure_memory: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("costs", _COSTS), ("generator_mode", _GENERATOR)):
-            value = getattr(self, name)
-            if value not in known:
-                raise OptionError(f"{name!r} is {value!r}. {nearest(str(value), known)}")
-        for name in ("microbatches", "virtual"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name!r} is {value!r}. Give a whole number of at least 1.")
-        if not self.deadline > 0:
-            raise OptionError(f"'deadline' is {self.deadline!r}. Give the seconds that a peer may take, more than 0.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +54,83 @@ class StepResult:
         return float(self.loss)
 
 
+def pipeline(
+    model: nn.Module | Parts,
+    mesh: DeviceMesh,
+    microbatches: int,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    pipeline_dim: str | None = None,
+    **settings: Any,
+) -> Pipeline:
+    """Run an unmodified multimodal model as a nested pipeline over the ranks of a mesh. Collective; every rank calls it.
+
+    The language model is cut into stages, one (or `virtual`) for each rank along the mesh's pipeline dimension; encoders
+    and generators, which every rank holds, run nested in its schedule. Parameters of other ranks' stages are let go, in
+    place. Make the optimizer afterwards, from `parameters()` of the result.
+
+        pipe = ultraep_compile.pipeline(model, mesh, microbatches=8, inputs=batch)
+        optimizer = torch.optim.AdamW(pipe.parameters())
+        loss = pipe.step(batch).loss
+
+    Args:
+        model: whole, with equal weights on every rank, on the mesh's device; or `Parts` already found.
+        mesh: with a dimension named "pp" (any name if it is the only one). Other dimensions are data parallel: every
+            pipeline steps on a batch of its own, and gradients are averaged.
+        microbatches: into how many the samples of a batch are divided.
+        inputs: an example batch (keyword arguments of one forward, with labels and every modality); finds the parts.
+        pipeline_dim: the mesh dimension of the stages, if not "pp".
+        settings: see `Settings`.
+    Raises: PipelineError, OptionError, ScheduleError; errors of finding parts.
+    """
+    chosen = Settings.of(microbatches, settings)
+    dim = find_dim(mesh, pipeline_dim)
+    ranks = mesh.size() if dim is None else mesh[dim].size()
+    if isinstance(model, Parts):
+        return Pipeline(None, model, mesh, chosen, dim)
+    if inputs is None:
+        raise OptionError("pipeline() needs an example batch to find the parts of the model. Give inputs=batch.")
+    parts = multimodal.find_parts(  # pyright: ignore
+        model, inputs, ranks * chosen.virtual
+    )
+    return Pipeline(model, parts, mesh, chosen, dim)
+
+
 class Pipeline:
     """One rank's side of a pipeline. Made by `ultraep_compile.pipeline`; every rank makes its own and calls the same."""
 
     def __init__(
-        self, model: nn.Module | None, parts: Parts, mesh: DeviceMesh, settings: Settings, pipeline_dim: str | None = None
+        self,
+        model: nn.Module | None,
+        parts: Parts,
+        mesh: DeviceMesh,
+        settings: Settings,
+        pipeline_dim: str | None = None,
     ) -> None:
         self.model, self.parts, self.mesh, self.settings = model, parts, mesh, settings
-        self.dim = _pipeline_dim(mesh, pipeline_dim)
+        self.dim = find_dim(mesh, pipeline_dim)
         flat = mesh if self.dim is None else mesh[self.dim]
         self.group = flat.get_group()
         self.rank, self.ranks = flat.get_local_rank(), flat.size()
         self.device = _device_of(mesh)
         self.stage_rank = _place(len(parts.stages), self.ranks, settings)
-        self.rates: Rates = estimated_rates(parts)
-        names = names_of(model, parts)
-        self.held: Holdings = holdings(names, parts, self.stage_rank, self.rank)
+        self.rates: Rates = estimated_rates(parts, model)
+        self.held: Holdings = holdings(names_of(model, parts), parts, self.stage_rank, self.rank)
         self.meter = Meter(settings.measure_memory)
         self.units = self._units()
-        self._drop_other_stages()
+        self._bound: dict[str, nn.Parameter] = {}
+        self._reductions: list[gradients.Reduction] = []
+        if model is not None:
+            let_go(model, self.bind().values())
         members = dist.get_process_group_ranks(self.group)
         self.control = new_group(members, "gloo", settings.deadline)
         self.channels = open_channels(self.group, self.device, settings.deadline)
         connect(self.channels, self.rank)
         self.clock = Clock(self.device, settings.trace or settings.costs == "measured")
-        self.reductions = self._reductions()
         self.steps = 0
         self.program: Program | None = None
         self.timeline: Timeline | None = None
         self._programs: OrderedDict[Problem, Program] = OrderedDict()
-        _mark(self.held.named, self.group, self.held.counted)
 
     def _units(self) -> Units:
         device, meter, parts = self.device, self.meter, self.parts
@@ -128,20 +145,26 @@ class Pipeline:
             parts.states,
         )
 
-    def _drop_other_stages(self) -> None:
-        if self.model is not None:
-            let_go(self.model, self.held.named.values())
-        self.meter.parameters = {gradients.local(p).untyped_storage().data_ptr() for p in self.held.named.values()}
-
-    def _reductions(self) -> list[gradients.Reduction]:
-        jobs = [gradients.Reduction(self.group, self.held.replicated)]
-        for ranks, shared in self.held.tied:
+    def bind(self) -> dict[str, nn.Parameter]:
+        """Look up this rank's parameters as they are now: until the first step they may be replaced (`fully_shard`)."""
+        names = names_of(self.model, self.parts)
+        bound = {name: names[name] for name in self.held.named}
+        for name, p in bound.items():  # for clip_grad_norm_
+            p._ultraep_pipeline = (self.group, name in self.held.counted)  # pyright: ignore[reportAttributeAccessIssue]
+        self.meter.parameters = {gradients.local(p).untyped_storage().data_ptr() for p in bound.values()}
+        for unit in self.units.stages.values():
+            unit.bind(self.model)
+        for unit in self.units.encoders:
+            unit.bind()
+        jobs = [gradients.Reduction(self.group, [names[n] for n in self.held.replicated])]
+        for ranks, tied in self.held.tied:
             if self.rank in ranks:
-                jobs.append(gradients.Reduction(self.group, shared, among=ranks))
+                jobs.append(gradients.Reduction(self.group, [names[n] for n in tied], among=ranks))
         if self.dim is not None:
-            trainable = [p for p in self.held.named.values() if p.requires_grad]
+            trainable = [p for p in bound.values() if p.requires_grad]
             jobs += gradients.outer_reductions(trainable, self.mesh, self.dim)
-        return jobs
+        self._bound, self._reductions = bound, jobs
+        return bound
 
     @property
     def outer_groups(self) -> list[dist.ProcessGroup]:
@@ -159,13 +182,15 @@ class Pipeline:
         """
         microbatches = self.parts.microbatches(batch, self.settings.microbatches)
         program = self._program_for(microbatches)
-        before = {p: p.grad for p in self.held.named.values() if p.grad is not None}
+        if not self.steps:
+            self.bind()
+        before = {p: p.grad for p in self._bound.values() if p.grad is not None}
         for p in before:
             p.grad = None
         self.meter.start()
         run = StepRun(program, self.units, self.channels, microbatches, self.steps, scale, self.clock)
         outcome = run.run()
-        gradients.reduce(self.reductions)
+        gradients.reduce(self._reductions)
         for p, old in before.items():
             p.grad = old if p.grad is None else old.add_(p.grad)
         self.steps += 1
@@ -179,7 +204,9 @@ class Pipeline:
         """The plan of this batch, made here and equal everywhere; made anew only if the batch's costs are."""
         settings = self.settings
         if len(microbatches) != settings.microbatches:
-            raise PipelineError(f"The batch was cut into {len(microbatches)} microbatches, not {settings.microbatches}.")
+            raise PipelineError(
+                f"The batch was cut into {len(microbatches)} microbatches, not {settings.microbatches}."
+            )
         problem = self._problem(microbatches)
         program = self._programs.get(problem)
         if program is None:
@@ -187,7 +214,7 @@ class Pipeline:
                 check_fits(settings.schedule, problem)
                 schedule = settings.schedule
             else:
-                group = settings.generator_group or (1 if settings.generator_mode == "split" else 0)
+                group = settings.generator_group or (1 if settings.generator == "split" else 0)
                 schedule = plan(problem, settings.method, settings.base, settings.encoder_memory, group)
                 check_fits(schedule, problem)
             program = self._programs[problem] = program_of(schedule, self.rank)
@@ -201,7 +228,7 @@ class Pipeline:
         if self.outer_groups:
             table = self._mean_over_pipelines(step_sizes(self.parts, microbatches))
             means = [float(f"{x:.3g}") for x in table]
-        split = self.settings.generator_mode == "split"
+        split = self.settings.generator == "split"
         return make_problem(self.parts, microbatches, self.rates, self.stage_rank, split, means)
 
     def _mean_over_pipelines(self, numbers: Sequence[float]) -> list[float]:
@@ -254,8 +281,12 @@ class Pipeline:
         mine = torch.zeros(longest, 2, dtype=torch.float64)
         mine[: len(seconds)] = torch.tensor([[a, b] for _, a, b in seconds], dtype=torch.float64)
         table = _rows(mine, self.control).tolist()
-        start = tuple(tuple(x[0] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True))
-        end = tuple(tuple(x[1] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True))
+        start = tuple(
+            tuple(x[0] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True)
+        )
+        end = tuple(
+            tuple(x[1] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True)
+        )
         self.timeline = Timeline(program.schedule, start, end, max((e for row in end for e in row), default=0.0))
         if self.settings.costs == "measured" and self.steps == 2:  # the first step warms up
             self.calibrate(microbatches)
@@ -278,11 +309,11 @@ class Pipeline:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What this rank holds, each parameter once, under the unmodified model's names."""
-        yield from self.held.named.items()
+        yield from (self._bound if self.steps else self.bind()).items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What this rank holds, for its optimizer. What several ranks hold gets equal gradients, so it stays equal."""
-        yield from self.held.named.values()
+        yield from (p for _, p in self.named_parameters())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.parameters():
@@ -316,7 +347,7 @@ class Pipeline:
         """Every entry of the unmodified model's state; what other ranks hold has no memory here."""
         if self.model is not None:
             return self.model.state_dict()
-        held = {id(p) for p in self.held.named.values()}
+        held = {id(p) for p in self.parameters()}
         names = names_of(None, self.parts)
         return {n: p.detach() if id(p) in held else p.detach().to("meta") for n, p in names.items()}
 
@@ -328,18 +359,15 @@ def _rows(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.stack(rows)
 
 
-def _mark(parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup, counted: set[int]) -> None:
-    for p in parameters.values():
-        p._ultraep_pipeline = (group, id(p) in counted)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _pipeline_dim(mesh: DeviceMesh, name: str | None) -> str | None:
+def find_dim(mesh: DeviceMesh, name: str | None) -> str | None:
     """The mesh dimension along which stages lie; None if the mesh has one dimension without a name."""
     names = mesh.mesh_dim_names
     if names is None:
         if mesh.ndim == 1:
             return None
-        raise OptionError(f"The mesh has {mesh.ndim} dimensions without names. Make it with mesh_dim_names=('pp', 'dp').")
+        raise OptionError(
+            f"The mesh has {mesh.ndim} dimensions without names. Make it with mesh_dim_names=('pp', 'dp')."
+        )
     if name is None:
         name = names[0] if len(names) == 1 else "pp"
     if name not in names:

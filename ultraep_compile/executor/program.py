@@ -81,7 +81,11 @@ def check_fits(schedule: Schedule, problem: Problem) -> None:
         ("microbatches", theirs.microbatches, problem.microbatches),
         ("stages on ranks", theirs.stage_rank, problem.stage_rank),
         ("encoders", len(theirs.encoders), len(problem.encoders)),
-        ("stages that read each encoder's features", [e.feeds for e in theirs.encoders], [e.feeds for e in problem.encoders]),
+        (
+            "stages that read each encoder's features",
+            [e.feeds for e in theirs.encoders],
+            [e.feeds for e in problem.encoders],
+        ),
         ("frozen encoders", [e.frozen for e in theirs.encoders], [e.frozen for e in problem.encoders]),
         ("generators", len(theirs.generators), len(problem.generators)),
     ):

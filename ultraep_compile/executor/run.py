@@ -218,7 +218,9 @@ class StepRun:
         single = [m for m in metrics if isinstance(m, Tensor) and m.dim() == 0]
         totals = self.outcome.metrics
         if not totals:
-            totals += [(m.is_floating_point(), torch.zeros((), dtype=torch.float64, device=self.device)) for m in single]
+            totals += [
+                (m.is_floating_point(), torch.zeros((), dtype=torch.float64, device=self.device)) for m in single
+            ]
         for (averaged, total), metric in zip(totals, single, strict=True):
             total += metric.double() * weight if averaged else metric
 
@@ -296,7 +298,9 @@ def _cat(parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     if any(part != parts[0] for part in parts):
-        raise PipelineError(f"An encoder returned {parts} for the items of one microbatch: not a tensor, and not all equal.")
+        raise PipelineError(
+            f"An encoder returned {parts} for the items of one microbatch: not a tensor, and not all equal."
+        )
     return parts[0]
 
 
@@ -305,6 +309,6 @@ def _sum(rows: Sequence[Grads]) -> Grads:
     total = list(rows[0])
     for row in rows[1:]:
         for n, grad in enumerate(row):
-            if grad is not None:
-                total[n] = grad if total[n] is None else total[n] + grad
+            old = total[n]
+            total[n] = grad if old is None else old if grad is None else old + grad
     return tuple(total)

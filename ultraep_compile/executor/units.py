@@ -104,13 +104,18 @@ class StageUnit:
     module: nn.Module
     device: torch.device
     meter: Meter
-    parameters: list[nn.Parameter] = field(init=False)
-    splits: bool = field(init=False)
+    inner: list[nn.Module] = field(default_factory=list)  # modules that run inside it
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    splits: bool = True
     held: dict[int, _Held] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def bind(self, model: nn.Module | None) -> None:
+        """Look up what the stage consists of, as it is now: before the first step it may be sharded and compiled."""
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.splits = can_split(self.module)
+        mine = {id(p) for p in self.parameters}
+        inside = [] if model is None else [m for m in model.modules() if any(id(p) in mine for p in m.parameters())]
+        self.inner = list(dict.fromkeys([*self.module.modules(), *inside]))
+        self.splits = can_split(self.inner)
 
     def forward(self, j: int, hidden: Sequence[Any], inputs: dict[str, Any], features: Features) -> tuple[Any, ...]:
         """Outputs of microbatch j, detached. `hidden` and `features` are leaves, which get gradients in `backward`."""
@@ -122,7 +127,9 @@ class StageUnit:
         self.held[j] = _Held(outputs, entered, features)
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in outputs)
 
-    def backward(self, kind: str, j: int, grads: Sequence[Tensor | None], last: bool) -> tuple[tuple[Any, ...], Features]:
+    def backward(
+        self, kind: str, j: int, grads: Sequence[Tensor | None], last: bool
+    ) -> tuple[tuple[Any, ...], Features]:
         """B, I or W of microbatch j, given the gradients of its outputs (not for W). B and I return the gradients of
         hidden and features. `last`: no backward of this stage follows in this step."""
         held = self.held[j]
@@ -158,7 +165,7 @@ class StageUnit:
         return lambda: weight_backward(self.parameters, groups)
 
     def _synchronise(self, last: bool) -> None:
-        for module in self.module.modules():
+        for module in self.inner:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(last, recurse=False)
                 module.set_is_last_backward(last)
@@ -177,12 +184,12 @@ class EncoderUnit:
     module: nn.Module
     device: torch.device
     meter: Meter
+    trainable: bool = True
     held: dict[Item, tuple[Any, ...]] = field(default_factory=dict)
     inputs: dict[Item, tuple[dict[str, Any], _Random]] = field(default_factory=dict)  # where the forward runs again
 
-    @property
-    def trainable(self) -> bool:
-        return any(p.requires_grad for p in self.module.parameters())
+    def bind(self) -> None:
+        self.trainable = any(p.requires_grad for p in self.module.parameters())
 
     def forward(self, items: Mapping[Item, dict[str, Any]], recompute: bool) -> dict[Item, tuple[Any, ...]]:
         """Features of each item, detached."""

@@ -1,0 +1,61 @@
+"""Many batches of random shapes through one pipeline: none may hang, mix up messages, or give another result."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.executor import toys
+from tests.multirank import run_ranks
+from ultraep_compile.executor.holdings import names_of
+from ultraep_compile.executor.pipeline import Pipeline
+from ultraep_compile.executor.settings import Settings
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"sound": True, "feeds": (0, 1)},
+    {"painter": True, "generator": "split"},
+    {"virtual": 2},
+    {"painter": True, "sound": True},
+)
+
+
+def _batches(rank: int, ranks: int, count: int) -> tuple[int, float]:
+    """(different plans, largest relative difference of the losses and of gradients added up over each kind's batches)."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    draw = random.Random(1)
+    plans, worst = 0, 0.0
+    for k, kind in enumerate(KINDS):
+        settings = Settings(
+            2 * ranks + 2 * (k % 2), deadline=60.0, virtual=kind.get("virtual", 1),
+            generator=kind.get("generator", "whole"),
+        )  # fmt: skip
+        flags = {name: kind.get(name, False) for name in ("sound", "painter")}
+        model = toys.parts(ranks * settings.virtual, kind.get("feeds", (0,)), **flags, seed=k)
+        single = toys.copied(model)
+        pipe = Pipeline(None, model, mesh, settings)
+        for _ in range(count // len(KINDS)):
+            images = draw.choice([0.0, 0.3, 0.8, 1.0])
+            batch = toys.microbatches(settings.microbatches, draw.randrange(10**6), images=images, **flags)
+            result = float(pipe.step({"microbatches": batch}))
+            expected = float(toys.reference(single, batch)[0])
+            worst = max(worst, abs(result - expected) / abs(expected))
+        plans += len(pipe._programs)
+        grads = names_of(None, single)
+        for name, p in pipe.named_parameters():
+            grad = grads[name].grad
+            if grad is not None and p.grad is not None:
+                worst = max(worst, float((p.grad - grad).norm() / grad.norm()))
+    return plans, worst
+
+
+@pytest.mark.parametrize(
+    ("ranks", "count"),
+    [(2, 40), pytest.param(2, 200, marks=pytest.mark.slow), pytest.param(4, 200, marks=pytest.mark.slow)],
+)
+def test_random_batches(ranks: int, count: int) -> None:
+    for plans, worst in run_ranks(ranks, _batches, ranks, count):
+        assert plans > len(KINDS) and worst < 2e-5
