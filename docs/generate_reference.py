@@ -20,21 +20,25 @@ from pathlib import Path
 from ultraep_compile import config, errors
 from ultraep_compile.cli import COMMANDS
 from ultraep_compile.config import Options
+from ultraep_compile.executor.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "reference.md"
 SOURCES = ("ultraep_compile", "passes", "codegen")
 
 
-def options() -> list[tuple[str, str, str]]:
-    """(name, default, meaning) of every field of `Options`."""
-    (class_,) = (n for n in ast.parse(inspect.getsource(Options)).body if isinstance(n, ast.ClassDef))
+def options(class_: type) -> list[tuple[str, str, str]]:
+    """(name, default, meaning) of every field of a dataclass whose fields have docstrings."""
+    (tree,) = (n for n in ast.parse(inspect.getsource(class_)).body if isinstance(n, ast.ClassDef))
     meaning = {}
-    for field, below in zip(class_.body, class_.body[1:], strict=False):
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 meaning[name] = _one_line(text)
-    return [(f.name, repr(f.default), meaning[f.name]) for f in dataclasses.fields(Options)]
+    fields = dataclasses.fields(class_)
+    return [
+        (f.name, "required" if f.default is dataclasses.MISSING else repr(f.default), meaning[f.name]) for f in fields
+    ]
 
 
 def environment() -> list[tuple[str, str]]:
@@ -103,7 +107,12 @@ def render() -> str:
         'Of `model.compile(backend="ultraep", options={...})` and of `@ultraep_compile.balance(...)`.',
         "An unknown name or a wrong value is an error that names the nearest right one.",
         "",
-        *_table(("option", "default", "meaning"), options()),
+        *_table(("option", "default", "meaning"), options(Options)),
+        "",
+        "## Pipelines",
+        "Settings of `ultraep_compile.pipeline(model, mesh, microbatches, inputs, ...)`; see [pipelines](pipelines.md).",
+        "",
+        *_table(("setting", "default", "meaning"), options(Settings)),
         "",
         "## Environment",
         *_table(("variable", "meaning"), environment()),

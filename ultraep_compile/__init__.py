@@ -3,6 +3,7 @@
     model.compile(backend="ultraep", options={"ranks": 8})      # several ranks simulated in one process
     shard_experts(model, mesh); model.compile(backend="ultraep")  # one rank per process
     @balance(ranks=8)                                           # on a model class
+    pipeline(model, mesh, microbatches=8, inputs=batch).step(batch)  # a multimodal model as a nested pipeline
 
 Symbols used throughout: T tokens, D model width, E experts, K top-k, R ranks, S redundant experts (slots) per rank,
 M = E/R masters per rank, P = R*(M+S) physical experts, N rows of an expert buffer.
@@ -23,11 +24,22 @@ _PUBLIC = {
     "balance": "decorator",
     "clip_grad_norm_": "clipping",
     "explain": "explanation",
+    "pipeline": "executor.pipeline",
     "prepare": "preparation",
     "shard_experts": "sharding",
     "ultraep": "backend",
 }
-__all__ = ["Options", "UltraEPError", "balance", "clip_grad_norm_", "explain", "prepare", "shard_experts", "ultraep"]
+__all__ = [
+    "Options",
+    "UltraEPError",
+    "balance",
+    "clip_grad_norm_",
+    "explain",
+    "pipeline",
+    "prepare",
+    "shard_experts",
+    "ultraep",
+]
 
 if TYPE_CHECKING:
     from ultraep_compile.backend import ultraep
@@ -35,6 +47,7 @@ if TYPE_CHECKING:
     from ultraep_compile.config import Options
     from ultraep_compile.decorator import balance
     from ultraep_compile.errors import UltraEPError
+    from ultraep_compile.executor.pipeline import pipeline
     from ultraep_compile.explanation import explain
     from ultraep_compile.preparation import prepare
     from ultraep_compile.sharding import shard_experts

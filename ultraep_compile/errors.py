@@ -46,8 +46,8 @@ class PartsError(UltraEPError, ValueError):
     """A model cannot be taken apart for a pipeline as asked, or a batch cannot be divided."""
 
 
-class PipelineError(UltraEPError, RuntimeError):
-    """A pipeline cannot run a model, a batch or a schedule as asked, or another of its ranks is gone."""
+class PipelineError(UltraEPError, ValueError):
+    """A pipeline cannot run a model or a batch as asked, or its ranks were not given the same."""
 
 
 class ShardingError(UltraEPError, ValueError):
@@ -63,7 +63,7 @@ class PoolError(UltraEPError, ValueError):
 
 
 class PeerTimeoutError(UltraEPError, TimeoutError):
-    """A wait for another rank passed its deadline; what depended on it was not used."""
+    """A wait for another rank passed its deadline, or that rank is gone; what depended on it was not used."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

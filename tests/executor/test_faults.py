@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.executor import toys
-from ultraep_compile.errors import PipelineError
+from ultraep_compile.errors import PeerTimeoutError
 from ultraep_compile.executor.pipeline import Pipeline
 from ultraep_compile.executor.settings import Settings
 
@@ -55,7 +55,7 @@ def _process(rank: int, folder: str, number: int) -> None:
     try:
         pipe.step(batch)
         text = "no error"
-    except PipelineError as error:
+    except PeerTimeoutError as error:
         text = f"{time.monotonic() - began:.1f}\n{error}"
     Path(folder, f"result.{rank}").write_text(text)
     os._exit(0)

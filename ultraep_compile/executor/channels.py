@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultraep_compile.errors import PipelineError
+from ultraep_compile.errors import PeerTimeoutError, PipelineError
 from ultraep_compile.executor import wire
 from ultraep_compile.schedules.actions import Op
 from ultraep_compile.schedules.messages import CHANNELS, Message
@@ -174,11 +174,11 @@ class Channel:
                 f"{found['step']}: the ranks do not run the same schedule. Give every rank the same batch and options."
             )
 
-    def failure(self, message: Message, peer: int, error: Exception, waiting: Op | None = None) -> PipelineError:
+    def failure(self, message: Message, peer: int, error: Exception, waiting: Op | None = None) -> PeerTimeoutError:
         doing = f"{waiting} waits to receive" if waiting else "sending" if peer == message.target else "receiving"
         rank = message.target if peer == message.source else message.source
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return PipelineError(
+        return PeerTimeoutError(
             f"Rank {rank} (global {self.ranks[rank]}) cannot go on: {doing} the output of {message.producer} for "
             f"microbatch {message.microbatch} on channel {message.channel}, peer rank {peer} (global {self.ranks[peer]}), "
             f"deadline {self.deadline:g} s. That peer is dead, stopped, or waits for another one: its own message is the one "

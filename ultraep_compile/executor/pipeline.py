@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ultraep_compile.errors import OptionError, PipelineError
+from ultraep_compile.errors import OptionError, PeerTimeoutError, PipelineError
 from ultraep_compile.executor import gradients
 from ultraep_compile.executor.channels import connect, new_group, open_channels
 from ultraep_compile.executor.costs import (
@@ -30,8 +30,7 @@ from ultraep_compile.executor.program import Program, check_fits, program_of
 from ultraep_compile.executor.run import Clock, StepRun, Units
 from ultraep_compile.executor.settings import Settings
 from ultraep_compile.executor.units import EncoderUnit, GeneratorUnit, StageUnit
-from ultraep_compile.multimodal import parts as multimodal
-from ultraep_compile.multimodal.parts import Microbatch, Parts
+from ultraep_compile.multimodal.parts import Microbatch, Parts, find_parts
 from ultraep_compile.schedules import Problem, Schedule, plan
 from ultraep_compile.schedules.simulate import Timeline
 
@@ -81,7 +80,7 @@ def pipeline(
         inputs: an example batch (keyword arguments of one forward, with labels and every modality); finds the parts.
         pipeline_dim: the mesh dimension of the stages, if not "pp".
         settings: see `Settings`.
-    Raises: PipelineError, OptionError, ScheduleError; errors of finding parts.
+    Raises: OptionError, PartsError, ScheduleError.
     """
     chosen = Settings.of(microbatches, settings)
     dim = find_dim(mesh, pipeline_dim)
@@ -90,9 +89,7 @@ def pipeline(
         return Pipeline(None, model, mesh, chosen, dim)
     if inputs is None:
         raise OptionError("pipeline() needs an example batch to find the parts of the model. Give inputs=batch.")
-    parts = multimodal.find_parts(  # pyright: ignore
-        model, inputs, ranks * chosen.virtual
-    )
+    parts = find_parts(model, inputs, ranks * chosen.virtual)
     return Pipeline(model, parts, mesh, chosen, dim)
 
 
@@ -178,7 +175,8 @@ class Pipeline:
         Args:
             batch: the same on every rank of the pipeline (each data-parallel pipeline has its own).
             scale: factor on the gradients, as a gradient scaler wants; the returned loss has none.
-        Raises: PipelineError if the batch does not divide, or a peer does not answer within the deadline.
+        Raises: PipelineError if the ranks were given different things; PeerTimeoutError if one does not answer in time;
+            PartsError if the batch does not divide.
         """
         microbatches = self.parts.microbatches(batch, self.settings.microbatches)
         program = self._program_for(microbatches)
@@ -245,7 +243,7 @@ class Pipeline:
         try:
             all_ranks = _rows(mine, self.control)
         except RuntimeError as error:
-            raise PipelineError(
+            raise PeerTimeoutError(
                 f"Rank {self.rank}: some rank of the pipeline did not begin step {self.steps} within "
                 f"{self.settings.deadline:g} s, or is gone. ({str(error).splitlines()[0]})"
             ) from error

@@ -103,7 +103,7 @@ class StepRun:
         }  # fmt: skip
 
     def run(self) -> Outcome:
-        """All of the program. Raises PipelineError if a peer does not answer in time."""
+        """All of the program. Raises PeerTimeoutError if another rank does not answer in time."""
         self.clock.start()
         for action in self.program.actions:
             if not isinstance(action, Op):
