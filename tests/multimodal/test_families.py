@@ -51,5 +51,7 @@ def test_chained(name):
     assert sum(m.weight for m in microbatches) == pytest.approx(1)
     assert [len(m.items[parts.encoders[0].name]) for m in microbatches] == [3, 3, 2]
     assert_same(parts, microbatches)
-    assert list(model.state_dict()) == keys and all(torch.equal(a, b) for a, b in zip(values, model.parameters(), strict=True))
+    assert list(model.state_dict()) == keys and all(
+        torch.equal(a, b) for a, b in zip(values, model.parameters(), strict=True)
+    )
     assert not any("_taken_over" in vars(m) for m in model.modules())

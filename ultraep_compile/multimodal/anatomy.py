@@ -18,7 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.roles import Roles, watch_roles
-from ultraep_compile.multimodal.skeleton import Action, is_state, loss_of, run, variables_behind
+from ultraep_compile.multimodal.skeleton import (
+    Action,
+    Shape,
+    every_parameter_trainable,
+    is_state,
+    loss_of,
+    run,
+    variables_behind,
+)
 
 
 @dataclass(slots=True)
@@ -42,6 +50,31 @@ class Group:
 
 
 @dataclass(slots=True)
+class Head:
+    """A generator: a module behind the language model that makes a part of the loss."""
+
+    name: str
+    states: tuple[int, ...]
+    """Leaves of its arguments that come from the language model."""
+    factor: float | None
+    """The loss grows by so much for each unit of its output, if that is one number: its own loss."""
+    divides: bool = False
+    """Is its part of a batch's loss the mean of those of the samples?"""
+    known: dict[Any, tuple[list[Any], Any]] = field(default_factory=dict)
+    """Leaves and structure of its output, Shape for a state, by the shapes of its arguments."""
+
+    def silent(self, own: Any, args: Any, kwargs: Any) -> Any:
+        """Its output with zeros for states. Runs it once for arguments of new shapes."""
+        key = tuple(tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in pytree.tree_leaves((args, kwargs)))
+        if key not in self.known:
+            with torch.no_grad():
+                leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
+            self.known[key] = ([Shape(tuple(x.shape), x.dtype, x.device) if is_state(x) else x for x in leaves], spec)
+        leaves, spec = self.known[key]
+        return pytree.tree_unflatten([x.hollow() if isinstance(x, Shape) else x for x in leaves], spec)
+
+
+@dataclass(slots=True)
 class Anatomy:
     model: nn.Module
     roles: Roles
@@ -53,12 +86,13 @@ class Anatomy:
     """FLOPs of the layers' forward; of what runs before them and of what runs behind them."""
     front: float = 0.0
     head: float = 0.0
+    heads: list[Head] = field(default_factory=list)
 
     def part(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
 
     def around(self) -> list[nn.Module]:
-        """Modules outside of layers, encoders and projectors."""
+        """Modules outside of layers, encoders, projectors and generators."""
         inside = {
             m for part in (*self.layers, *(self.part(p) for g in self.groups for p in g.paths)) for m in part.modules()
         }
@@ -82,8 +116,9 @@ def study(model: nn.Module, batch: Mapping[str, Any]) -> Anatomy:
     with torch.enable_grad(), every_parameter_trainable(model), watcher.flops:
         left, output = run(model, batch, watcher.actions())
         loss = loss_of(output)
+        found.heads = [watcher.head(path, loss) for path in roles.trained]
     assert not left
-    read = watcher.leaves_behind([loss])
+    read = watcher.leaves_behind([loss, *watcher.ends])
     found.groups = _groups(found, watcher, read)
     n = len(found.layers)
     found.costs = [watcher.spent[i] for i in range(n)]
@@ -103,11 +138,21 @@ class _Watcher:
         self.spent: dict[int, float] = {}
         self.outputs: dict[int, tuple[list[Any], Any]] = {}
         self.in_parts, self.before, self.at = 0.0, 0.0, 0.0
+        self.ends: list[Tensor] = []  # what the last layer and generators returned, before it was cut
+        self.last: set[int] = set()  # ids of what the last layer returned
+        self.heads: dict[str, list[tuple[tuple[int, ...], list[Any]]]] = {}
 
     def actions(self) -> dict[nn.Module, Action]:
         f = self.found
         made: dict[nn.Module, Action] = {f.part(p): self._part(p) for p in (*f.roles.encoders, *f.roles.projectors)}
+        made |= {f.part(p): self._head(p) for p in f.roles.trained}
         return made | {layer: self._layer(i) for i, layer in enumerate(f.layers)}
+
+    def _fresh(self, state: Tensor) -> Tensor:
+        """A state as a leaf of the graph."""
+        fresh = state.detach().requires_grad_()
+        self.alive.append(fresh)  # an id is unique only while its object lives
+        return fresh
 
     def _part(self, path: str) -> Action:
         def action(own: Any, args: Any, kwargs: Any) -> Any:
@@ -119,8 +164,7 @@ class _Watcher:
             self.in_parts += self.flops.get_total_flops() - start
             for i, leaf in enumerate(leaves):
                 if is_state(leaf):
-                    fresh = leaf.detach().requires_grad_()
-                    self.alive.append(fresh)  # an id is unique only while its object lives
+                    fresh = self._fresh(leaf)
                     self.cut[id(fresh)] = (call, i)
                     leaves[i] = fresh.clone()
             return pytree.tree_unflatten(leaves, spec)
@@ -137,48 +181,49 @@ class _Watcher:
             self.spent[index] = self.at - start
             leaves, spec = pytree.tree_flatten(output)
             self.outputs[index] = ([None if is_state(x) else x for x in leaves], spec)
-            return output
+            if index + 1 < len(self.found.layers) or not self.found.roles.trained:
+                return output
+            for i, leaf in enumerate(leaves):
+                if is_state(leaf):
+                    self.ends.append(leaf)
+                    fresh = self._fresh(leaf)
+                    self.last.add(id(fresh))
+                    leaves[i] = fresh.clone()
+            return pytree.tree_unflatten(leaves, spec)
 
         return action
 
+    def _head(self, path: str) -> Action:
+        def action(own: Any, args: Any, kwargs: Any) -> Any:
+            given = pytree.tree_leaves((args, kwargs))
+            read = tuple(i for i, x in enumerate(given) if any(id(v) in self.last for v in variables_behind([x])))
+            start = self.flops.get_total_flops()
+            leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
+            self.at += self.flops.get_total_flops() - start
+            self.ends += [x for x in leaves if is_state(x)]
+            leaves = [self._fresh(x) if is_state(x) else x for x in leaves]
+            self.heads.setdefault(path, []).append((read, leaves))
+            return pytree.tree_unflatten([x.clone() if is_state(x) else x for x in leaves], spec)
+
+        return action
+
+    def head(self, path: str, loss: Tensor) -> Head:
+        calls = self.heads.get(path, [])
+        if len(calls) != 1:
+            raise PartsError(
+                f"generator {path} is called {len(calls)} times in a forward; only one call can be taken apart"
+            )
+        read, leaves = calls[0]
+        if not read:
+            raise PartsError(f"generator {path} reads no state of the language model")
+        factor = None
+        if len(leaves) == 1 and is_state(leaves[0]) and leaves[0].numel() == 1:
+            (slope,) = torch.autograd.grad(loss, leaves[0], allow_unused=True, retain_graph=True)
+            factor = None if slope is None else float(slope)
+        return Head(path, read, factor)
+
     def leaves_behind(self, values: Iterable[Any]) -> set[tuple[int, int]]:
         return {self.cut[id(v)] for v in variables_behind(values) if id(v) in self.cut}
-
-
-class every_parameter_trainable:
-    """Frozen parameters leave no trace in a graph."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.frozen = [p for p in model.parameters() if not p.requires_grad and is_state(p)]
-
-    def __enter__(self) -> None:
-        for p in self.frozen:
-            p.requires_grad_(True)
-
-    def __exit__(self, *_: Any) -> None:
-        for p in self.frozen:
-            p.requires_grad_(False)
-
-
-class nothing_silent:
-    """Parameters that are zero as a whole (gates and projections of a model not yet trained) hide what depends on what.
-
-    They are small noise meanwhile, and zero again afterwards.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.zero = [p for p in model.parameters() if is_state(p) and not p.is_meta and not bool(p.detach().any())]
-
-    def __enter__(self) -> None:
-        source = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in self.zero:
-                p.copy_(torch.randn(p.shape, generator=source) * 0.05)
-
-    def __exit__(self, *_: Any) -> None:
-        with torch.no_grad():
-            for p in self.zero:
-                p.zero_()
 
 
 def _groups(found: Anatomy, watcher: _Watcher, read: set[tuple[int, int]]) -> list[Group]:

@@ -1,7 +1,7 @@
 """What encoders and projectors would return for given inputs: shapes and integers, without features.
 
 A stage that does not run an encoder still runs the model's code around it (slicing, unpadding, merging), which needs
-tensors of the right shape. They depend on the shapes of the inputs and on the integers in them, so they are kept by these.
+tensors of the right shape. They depend on the shapes of the inputs, on the integers in them and on which images are empty, so they are kept by these.
 """
 
 from __future__ import annotations
@@ -15,19 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.multimodal.anatomy import Anatomy, Group
-from ultraep_compile.multimodal.skeleton import Action, Left, hollow, is_state, run
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A tensor that is not made."""
-
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def hollow(self) -> Tensor:
-        return hollow(self.sizes, torch.empty((), dtype=self.dtype, device=self.device))
+from ultraep_compile.multimodal.skeleton import Action, Left, Shape, is_state, run
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +68,15 @@ class Calls:
 
 
 def _signed(value: Any) -> tuple[Any, ...]:
+    """Shape, and all of the content that shapes may depend on: integers; of states only which images or rows are empty."""
     if not isinstance(value, Tensor):
         return (repr(value),)
-    content = b"" if value.is_floating_point() else value.detach().cpu().contiguous().numpy().tobytes()
-    return (tuple(value.shape), value.dtype, content)
+    content = value.detach()
+    if is_state(content):
+        content = (
+            content.flatten(2).any(-1) if content.dim() > 2 else content.any(-1) if content.dim() == 2 else content != 0
+        )
+    return (tuple(value.shape), value.dtype, content.cpu().contiguous().numpy().tobytes())
 
 
 def answers(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.errors import PartsError
-from ultraep_compile.multimodal.anatomy import every_parameter_trainable
-from ultraep_compile.multimodal.skeleton import loss_of
+from ultraep_compile.multimodal.skeleton import every_parameter_trainable, loss_of
 from ultraep_compile.preparation import untouched
 
 if TYPE_CHECKING:
@@ -107,8 +106,18 @@ def _chained(parts: Parts, microbatch: Microbatch) -> float:
         output = stage.module(entry, microbatch.inputs, fed)
         hidden.append((output, entry))
         entry = _detached(output)
+    states = _detached(output[: parts.states])
     loss = output[parts.states] * microbatch.weight
-    loss.backward()
+    for generator in parts.generators:
+        for sample in microbatch.items.get(generator.name, [microbatch.inputs]):
+            part = generator.module(states, **sample) * microbatch.weight
+            part.backward()
+            loss = loss + part.detach()
+    seeds = [s.grad for s in states] + [None]
+    torch.autograd.backward(
+        [o for o, g in zip(output, seeds, strict=False) if g is not None] + ([loss] if loss.requires_grad else []),
+        [g for g in seeds if g is not None] + ([torch.ones_like(loss)] if loss.requires_grad else []),
+    )
     for (earlier, _), (_, entry) in zip(hidden[-2::-1], hidden[:0:-1], strict=True):
         _backward(earlier, entry)
     for name, features in made.items():

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.errors import PartsError
-from ultraep_compile.multimodal.anatomy import Anatomy, every_parameter_trainable
-from ultraep_compile.multimodal.modules import EncoderModule, StageModule
-from ultraep_compile.multimodal.skeleton import variables_behind
+from ultraep_compile.multimodal.anatomy import Anatomy
+from ultraep_compile.multimodal.division import Division
+from ultraep_compile.multimodal.modules import EncoderModule, GeneratorModule, StageModule
+from ultraep_compile.multimodal.skeleton import every_parameter_trainable, variables_behind
 
 
 def balanced(costs: Sequence[float], stages: int, front: float = 0.0, head: float = 0.0) -> list[range]:
     """Contiguous ranges of layers, none empty, whose greatest cost is least; the ends carry what stands before and behind.
 
-    balanced([1, 1, 1, 1], 2, head=1.0) gives layers 0 to 2 and layer 3: three against one and the head.
+    balanced([1, 1, 1, 1], 2, head=2.0) gives layers 0 to 2 and layer 3: three against one and the head.
 
     Raises:
         PartsError: more stages than layers.
@@ -43,7 +44,12 @@ def balanced(costs: Sequence[float], stages: int, front: float = 0.0, head: floa
 
 
 def trace_reads(
-    anatomy: Anatomy, encoders: Sequence[EncoderModule], stages: Sequence[StageModule], batch: Mapping[str, Any]
+    anatomy: Anatomy,
+    encoders: Sequence[EncoderModule],
+    stages: Sequence[StageModule],
+    generators: Sequence[GeneratorModule],
+    batch: Mapping[str, Any],
+    division: Division,
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Run the parts one after the other and note which parameters and features each one reads.
 
@@ -69,8 +75,25 @@ def trace_reads(
             own = {id(p) for layer in anatomy.layers[stage.first : stage.last] for p in layer.parameters()}
             stage.reads = _ordered(model, {names[i] for i in (behind | own) if i in names})
             hidden = tuple(h.detach().requires_grad_() for h in made)
-    read = {n for part in (*encoders, *stages) for n in part.reads}
+        for generator in generators:
+            behind = {names.get(id(v), "") for v in variables_behind([generator(hidden, **batch)])}
+            inside = {n for n, _ in model.get_submodule(generator.head.name).named_parameters(generator.head.name)}
+            generator.reads = _ordered(model, behind | inside)
+            generator.head.divides = _divides(generator, hidden, batch, division)
+    read = {n for part in (*encoders, *stages, *generators) for n in part.reads}
     return {n: tuple(s) for n, s in feeds.items()}, [n for n in names.values() if n not in read]
+
+
+def _divides(
+    generator: GeneratorModule, states: tuple[Tensor, ...], batch: Mapping[str, Any], division: Division
+) -> bool:
+    n = division.samples
+    if n < 2 or any(s.dim() == 0 or len(s) != n for s in states[generator.mine]):
+        return False
+    with torch.no_grad():
+        whole = float(generator(states, **batch))
+        several = sum(float(generator(states, **item)) for item in division.generator_items(range(n)))
+    return abs(several - whole) <= 1e-4 * abs(whole)
 
 
 def _ordered(model: torch.nn.Module, names: set[str]) -> tuple[str, ...]:

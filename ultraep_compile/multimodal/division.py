@@ -17,6 +17,9 @@ from torch import Tensor
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Group
 
+SAMPLE = "sample_of_microbatch"
+"""Input of a generator that works on one sample: (its number in the microbatch, samples there)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -33,8 +36,12 @@ class Items:
     rows: tuple[Rows, ...]
     first: tuple[int, ...]
     """Sample s has items first[s] to first[s + 1]."""
+    filler: tuple[bool, ...]
+    """Samples whose items are padding: no placeholder waits for them."""
 
     def of(self, samples: range) -> range:
+        if all(self.filler[s] for s in samples):
+            return range(0)
         return range(self.first[samples.start], self.first[samples.stop])
 
     def take(self, batch: Mapping[str, Any], items: range) -> dict[str, Any]:
@@ -79,7 +86,8 @@ class Division:
         weights = {k: self._weights(group, given, count, n) for k, n in lengths.items() if n != count}
         belongs = self._belongs(group, marks, count, list(weights.values()))
         rows = tuple(Rows(k, tuple(itertools.accumulate(weights.get(k, [1] * count), initial=0))) for k in given)
-        return Items(rows, tuple(itertools.accumulate(belongs, initial=0)))
+        filler = [bool(marks) and not m and not group.required for m in marks or belongs]
+        return Items(rows, tuple(itertools.accumulate(belongs, initial=0)), tuple(filler))
 
     def _marks(self, group: Group) -> list[int]:
         """Placeholders in each sample."""
@@ -105,6 +113,8 @@ class Division:
 
     def _belongs(self, group: Group, marks: list[int], count: int, packed: list[list[int]]) -> list[int]:
         """Items of each sample."""
+        if count == self.samples and self._filled_up(group, marks):
+            return [1] * count
         if marks and sum(marks):
             for weights in (*packed, [1] * count):
                 found = _fill(weights, marks)
@@ -120,6 +130,15 @@ class Division:
             + (f" with {marks} placeholder tokens" if marks else "")
             + ". Give one item per sample, items of equal size, or tokens between the items of a sample."
         )
+
+    def _filled_up(self, group: Group, marks: list[int]) -> bool:
+        """Samples without placeholders have rows all the same, of nothing."""
+        rows = [
+            self.batch[k]
+            for k in group.keys
+            if isinstance(self.batch.get(k), Tensor) and self.batch[k].is_floating_point()
+        ]
+        return 0 in marks and not any(bool(row[s].any()) for row in rows for s, m in enumerate(marks) if not m)
 
     def _runs(self, group: Group) -> list[int]:
         """Unbroken runs of placeholders in each sample."""
@@ -157,13 +176,20 @@ class Division:
         if items is None:
             return []
         pieces = []
-        for several in [samples] if group.item == "microbatch" else [range(s, s + 1) for s in samples]:
+        padded = any(items.filler[s] and items.first[s] < items.first[s + 1] for s in samples)
+        whole = padded or group.item == "microbatch"  # what an encoder makes of padding shows only beside the rest
+        for several in [samples] if whole else [range(s, s + 1) for s in samples]:
             beside = {k: v for k, v in self.inputs(several).items() if k not in self.by_item}
             mine = items.of(several)
-            for piece in [range(i, i + 1) for i in mine] if group.item == "row" else [mine]:
+            for piece in [range(i, i + 1) for i in mine] if group.item == "row" and not whole else [mine]:
                 if piece:
                     pieces.append({**beside, **items.take(self.batch, piece)})
         return pieces
+
+    def generator_items(self, samples: range) -> list[dict[str, Any]]:
+        """What a generator is to run on, sample by sample."""
+        each = [self.inputs(range(s, s + 1)) for s in samples]
+        return [{**inputs, SAMPLE: (i, len(each))} for i, inputs in enumerate(each)]
 
 
 def _fill(weights: Sequence[int], marks: Sequence[int]) -> list[int] | None:
@@ -172,6 +198,8 @@ def _fill(weights: Sequence[int], marks: Sequence[int]) -> list[int] | None:
     _fill([16, 64, 16], [20, 0, 4]) == [2, 0, 1]
     """
     total, marked = sum(weights), sum(marks)
+    if any(w * marked % total for w in weights):
+        return None
     left: Iterator[int] = iter(weights)
     counts = []
     for mark in marks:

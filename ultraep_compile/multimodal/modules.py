@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.errors import PartsError
-from ultraep_compile.multimodal.anatomy import Anatomy, Group
+from ultraep_compile.multimodal.anatomy import Anatomy, Group, Head
 from ultraep_compile.multimodal.calls import Calls, answers
+from ultraep_compile.multimodal.division import SAMPLE
 from ultraep_compile.multimodal.skeleton import Action, Left, is_state, loss_of, run
 
 
@@ -114,8 +115,11 @@ class StageModule(PartModule):
                 actions[layer] = self._handed_on(i, given)
             elif i >= self.last:
                 actions[layer] = self._behind
+        states: dict[str, list[Tensor]] = {}
         if not self.is_last:
             actions[anatomy.layers[self.last - 1]] = self._last_own
+        else:
+            actions |= {anatomy.part(h.name): _states_of(h, states) for h in anatomy.heads}
         left, output = run(anatomy.model, inputs, actions, anatomy.around())
         if left:
             return output
@@ -124,7 +128,7 @@ class StageModule(PartModule):
                 f"stage of layers {self.first} to {self.last - 1}: the forward ended without running its last layer. Layers that "
                 "are dropped at random cannot be pipelined; switch layer drop off."
             )
-        return (loss_of(output),)
+        return (*(x for h in anatomy.heads for x in states[h.name]), loss_of(output))
 
     def _handed_on(self, index: int, states: list[Tensor]) -> Action:
         leaves, spec = self.anatomy.outputs[index]
@@ -142,3 +146,71 @@ class StageModule(PartModule):
         raise PartsError(
             f"a layer behind number {self.last - 1} runs before it: layers that do not run in order cannot be cut"
         )
+
+
+def _states_of(head: Head, found: dict[str, list[Tensor]]) -> Action:
+    """In the place of a generator: note what it would read, return zeros."""
+
+    def action(own: Any, args: Any, kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        found[head.name] = [leaves[i] for i in head.states]
+        return head.silent(own, args, kwargs)
+
+    return action
+
+
+class GeneratorModule(PartModule):
+    """`forward(states, **inputs) -> loss`: a generator's part of the loss of a microbatch.
+
+    A generator that returns its loss is left right behind its call. Otherwise the loss that the model makes of its output is
+    told apart by what the loss is when generator and language model return zeros.
+
+    With `sample_of_microbatch=(i, n)` among the inputs they are those of sample i of n, and so is the loss: the n of them add up to that of
+    the microbatch. States are always those of the whole microbatch.
+    """
+
+    def __init__(self, anatomy: Anatomy, calls: Calls, head: Head) -> None:
+        super().__init__(anatomy)
+        self.calls, self.head = calls, head
+        start = sum(len(h.states) for h in anatomy.heads[: anatomy.heads.index(head)])
+        self.mine = slice(start, start + len(head.states))
+
+    def forward(self, states: tuple[Tensor, ...], **inputs: Any) -> Tensor:
+        index, count = inputs.pop(SAMPLE, (0, 1))
+        mine = states[self.mine] if count == 1 else [s[index : index + 1] for s in states[self.mine]]
+        given = iter([s.clone() for s in mine])  # the model may write into it
+
+        def generate(own: Any, args: Any, kwargs: Any) -> Any:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            for i in self.head.states:
+                leaves[i] = next(given)
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            output = own(*args, **kwargs)
+            if self.head.factor is not None:
+                raise Left(loss_of(output) * self.head.factor)
+            return output
+
+        left, output = self._around(inputs, generate)
+        if left:
+            return output / count
+        with torch.no_grad():
+            _, silent = self._around(inputs, self.head.silent)
+        return (loss_of(output) - loss_of(silent)) / count
+
+    def _around(self, inputs: Mapping[str, Any], generate: Action) -> tuple[bool, Any]:
+        anatomy = self.anatomy
+        by_path = answers(self.calls(inputs), anatomy.groups, {})
+        actions: dict[Any, Action] = {anatomy.part(p): a for p, a in by_path.items()}
+        actions |= {anatomy.part(h.name): _states_of(h, {}) for h in anatomy.heads}
+        actions |= {layer: self._silent_layer(i) for i, layer in enumerate(anatomy.layers)}
+        actions[anatomy.part(self.head.name)] = generate
+        return run(anatomy.model, inputs, actions, anatomy.around())
+
+    def _silent_layer(self, index: int) -> Action:
+        leaves, spec = self.anatomy.outputs[index]
+
+        def action(own: Any, args: Any, kwargs: Any) -> Any:
+            state = next(x for x in pytree.tree_leaves((args, kwargs)) if is_state(x))
+            return pytree.tree_unflatten([torch.zeros_like(state) if leaf is None else leaf for leaf in leaves], spec)
+
+        return action

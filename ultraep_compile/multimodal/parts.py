@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from ultraep_compile.errors import PartsError
-from ultraep_compile.multimodal.anatomy import Anatomy, nothing_silent, study
+from ultraep_compile.multimodal.anatomy import Anatomy, study
 from ultraep_compile.multimodal.calls import Calls
 from ultraep_compile.multimodal.check import check_parts
 from ultraep_compile.multimodal.cut import balanced, trace_reads
 from ultraep_compile.multimodal.division import Division, even
 from ultraep_compile.multimodal.inputs import learn_inputs, learn_items
 from ultraep_compile.multimodal.loss_tokens import learn_loss_tokens
-from ultraep_compile.multimodal.modules import EncoderModule, PartModule, StageModule
-from ultraep_compile.multimodal.skeleton import loss_of
+from ultraep_compile.multimodal.modules import EncoderModule, GeneratorModule, PartModule, StageModule
+from ultraep_compile.multimodal.skeleton import loss_of, nothing_silent
 from ultraep_compile.preparation import untouched
 
 
@@ -68,7 +68,10 @@ class Microbatch:
     inputs: dict[str, Any]
     """What every stage gets: ids, masks, labels, grids, pixels."""
     items: dict[str, list[dict[str, Any]]]
-    """Per encoder name its items; features of the microbatch are theirs, concatenated in this order along dim 0."""
+    """Per encoder name its items; features of the microbatch are theirs, concatenated in this order along dim 0.
+
+    Per generator name its samples, if its loss is the sum over them; otherwise it runs on `inputs` at once.
+    """
     weight: float
     """Loss tokens of the microbatch over those of the batch: the batch's loss is the weighted sum."""
 
@@ -110,6 +113,8 @@ class Parts:
         if not sum(tokens):
             raise PartsError("no label of the batch counts in the loss: it would be the mean of nothing")
         items = [{g.name: division.encoder_items(g, chunk) for g in groups} for chunk in chunks]
+        for chunk, mine in zip(chunks, items, strict=True):
+            mine |= {h.name: division.generator_items(chunk) for h in self.anatomy.heads if h.divides}
         return [Microbatch(i, e, t / sum(tokens)) for i, e, t in zip(inputs, items, tokens, strict=True)]
 
     def part_modules(self) -> list[PartModule]:
@@ -160,25 +165,29 @@ def _find_parts(
     stage_modules = [StageModule(anatomy, calls, r.start, r.stop) for r in ranges]
     encoders = [EncoderModule(anatomy, g) for g in anatomy.groups]
     learn_items(anatomy, encoders, batch, sample_key, features)
-    feeds, unread = trace_reads(anatomy, encoders, stage_modules, batch)
+    generators = [GeneratorModule(anatomy, calls, h) for h in anatomy.heads]
+    feeds, unread = trace_reads(
+        anatomy, encoders, stage_modules, generators, batch, Division(batch, anatomy.groups, sample_key)
+    )
     found = Parts(
         [Encoder(e.group.name, e, feeds[e.group.name]) for e in encoders],
         [Stage(i, s) for i, s in enumerate(stage_modules)],
-        [],
+        [Generator(g.head.name, g) for g in generators],
         anatomy,
         sample_key,
         loss_tokens or (lambda inputs: 1),
+        states=sum(len(h.states) for h in anatomy.heads),
         shared=_shared(stage_modules),
         unread=tuple(unread),
     )
     if loss_tokens is None:
-        found.loss_tokens = _loss_tokens(found, batch)
+        found.loss_tokens = _loss_tokens(found, batch, lenient=bool(generators))
     if check:
         check_parts(found, batch)
     return found
 
 
-def _loss_tokens(parts: Parts, batch: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], int]:
+def _loss_tokens(parts: Parts, batch: Mapping[str, Any], lenient: bool) -> Callable[[Mapping[str, Any]], int]:
     model, groups = parts.anatomy.model, parts.anatomy.groups
     if len(batch[parts.sample_key]) < 2:
         raise PartsError(
@@ -193,7 +202,7 @@ def _loss_tokens(parts: Parts, batch: Mapping[str, Any]) -> Callable[[Mapping[st
         division = Division(inputs, groups, parts.sample_key)
         return [division.inputs(r) for r in even(division.samples, 2)]
 
-    return learn_loss_tokens(loss, halves, batch, parts.sample_key, {k for g in groups for k in g.keys})
+    return learn_loss_tokens(loss, halves, batch, parts.sample_key, {k for g in groups for k in g.keys}, lenient)
 
 
 def _shared(stages: Sequence[PartModule]) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ultraep_compile.multimodal.skeleton import Action, Call, is_state, loss_of, taken_over, variables_behind
+from ultraep_compile.multimodal.skeleton import every_parameter_trainable, is_state, loss_of, variables_behind
 from ultraep_compile.preparation import untouched, warm_up
 
 _DEPTH = 2
@@ -68,6 +68,8 @@ def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any)
     if len(ran) < 2:
         return roles
     llm_stack, behind = _language_model(model, ran, *args, **kwargs)
+    end = seen.ended(llm_stack)
+    behind += [s for s in ran if s not in behind and (seen.started(s) or 0) > end]
     others = [s for s in ran if s != llm_stack and s not in behind]
     if not others:
         return roles
@@ -110,19 +112,27 @@ def _language_model(model: nn.Module, ran: list[str], *args: Any, **kwargs: Any)
     """The stack that makes the logits, and the stacks that it feeds: generators.
 
     With the outputs of all layers cut from the autograd graph, the loss reaches the stacks that no other stack stands behind:
-    the language model and generators. The first of them that another stack feeds is the language model.
+    the language model and generators. The first of them that another stack feeds is the language model, unless it is itself
+    behind a much larger one that reads tokens: then it is all that stands between that one and the loss.
     """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    reads_tokens: set[str] = set()
     owner: dict[int, str] = {}
     alive: list[Tensor] = []
     feeds: dict[str, set[str]] = {s: set() for s in ran}
 
-    def of(values: Any) -> set[str]:
-        return {owner[id(v)] for v in variables_behind(pytree.tree_leaves(values)) if id(v) in owner}
+    def note(stack: str) -> Callable:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            behind = {id(v) for v in variables_behind(pytree.tree_leaves((args, kwargs)))}
+            feeds[stack] |= {owner[i] for i in behind if i in owner}
+            if behind & embeddings:
+                reads_tokens.add(stack)
 
-    def cut(stack: str) -> Action:
-        def action(own: Call, args: Any, kwargs: Any) -> Any:
-            feeds[stack] |= of((args, kwargs))
-            leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
+        return hook
+
+    def cut(stack: str) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            leaves, spec = pytree.tree_flatten(output)
             for i, leaf in enumerate(leaves):
                 if is_state(leaf):
                     fresh = leaf.detach().requires_grad_()
@@ -131,17 +141,37 @@ def _language_model(model: nn.Module, ran: list[str], *args: Any, **kwargs: Any)
                     leaves[i] = fresh.clone()
             return pytree.tree_unflatten(leaves, spec)
 
-        return action
+        return hook
 
-    actions = {layer: cut(s) for s in ran for layer in model.get_submodule(s).children()}
-    with untouched(model), torch.enable_grad(), taken_over(actions):
-        output = model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
-    read = of(loss_of(output))
+    layers = [(s, layer) for s in ran for layer in model.get_submodule(s).children()]
+    handles = [layer.register_forward_pre_hook(note(s), with_kwargs=True) for s, layer in layers]
+    # before hooks that keep outputs
+    handles += [layer.register_forward_hook(cut(s), prepend=True) for s, layer in layers]
+    try:
+        with untouched(model), torch.enable_grad(), every_parameter_trainable(model):
+            output = model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
+    finally:
+        for handle in handles:
+            handle.remove()
+    read = {owner[id(v)] for v in variables_behind(pytree.tree_leaves(loss_of(output))) if id(v) in owner}
     graph: nx.DiGraph = nx.DiGraph([(feeder, s) for s in ran for feeder in feeds[s] - {s}])
     graph.add_nodes_from(ran)
     chained = [s for s in ran if s in feeds[s]]  # a layer reads the one before: heads for several depths do not
-    makers = [s for s in chained if s in read and feeds[s] - {s}] or ran[-1:]
-    return makers[0], [s for s in ran if s in nx.descendants(graph, makers[0])]
+    maker = next((s for s in chained if s in read and feeds[s] - {s}), ran[-1])
+    for s in chained:
+        if (
+            s in reads_tokens
+            and feeds[s] - {s}
+            and maker in nx.descendants(graph, s)
+            and _size(model, s) > 1.5 * _size(model, maker)
+        ):
+            maker = s
+            break
+    return maker, [s for s in ran if s in nx.descendants(graph, maker)]
+
+
+def _size(model: nn.Module, path: str) -> int:
+    return sum(p.numel() for p in model.get_submodule(path).parameters())
 
 
 def _stacks(model: nn.Module, experts: list[str]) -> list[str]:

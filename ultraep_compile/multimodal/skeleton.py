@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -94,6 +95,18 @@ def hollow(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tensor that is not made."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def hollow(self) -> Tensor:
+        return hollow(self.sizes, torch.empty((), dtype=self.dtype, device=self.device))
+
+
 def loss_of(output: Any) -> Tensor:
     """The loss in a model's output: the output itself, its `loss`, or its first value."""
     if isinstance(output, Tensor):
@@ -119,3 +132,39 @@ def variables_behind(values: Iterable[Any]) -> list[Tensor]:
                 seen.add(following)
                 stack.append(following)
     return list(found.values())
+
+
+class every_parameter_trainable:
+    """Frozen parameters leave no trace in a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.frozen = [p for p in model.parameters() if not p.requires_grad and is_state(p)]
+
+    def __enter__(self) -> None:
+        for p in self.frozen:
+            p.requires_grad_(True)
+
+    def __exit__(self, *_: Any) -> None:
+        for p in self.frozen:
+            p.requires_grad_(False)
+
+
+class nothing_silent:
+    """Parameters that are zero as a whole (gates and projections of a model not yet trained) hide what depends on what.
+
+    They are small noise meanwhile, and zero again afterwards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.zero = [p for p in model.parameters() if is_state(p) and not p.is_meta and not bool(p.detach().any())]
+
+    def __enter__(self) -> None:
+        source = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.zero:
+                p.copy_(torch.randn(p.shape, generator=source) * 0.05)
+
+    def __exit__(self, *_: Any) -> None:
+        with torch.no_grad():
+            for p in self.zero:
+                p.zero_()
