@@ -1,13 +1,16 @@
-"""The same layer over a process group: 4 gloo processes, sharded and replicated experts, ragged and empty ranks."""
+"""The same layer over a process group: 4 gloo processes, sharded and replicated experts, ragged and empty ranks;
+over collectives and over symmetric memory, which on a CPU is shared files."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.multirank import run_ranks
 from tests.ops.expert_case import balanced, make_inputs, make_site, oracle, relative
 from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.ops.transport import choose_transport
 
 WORLD = 4
 CASES = {  # tokens of each rank, choices, slots, skew
@@ -19,9 +22,10 @@ CASES = {  # tokens of each rank, choices, slots, skew
 }
 
 
-def _on_rank(rank: int) -> dict:
+def _on_rank(rank: int, transport: str) -> dict:
     out = {}
     group = dist.group.WORLD.group_name
+    choose_transport(group, transport)
     for name, (tokens, choices, slots, skew) in CASES.items():
         for sharded in (True, False):
             layout = ExpertLayout(8, WORLD, slots)
@@ -44,8 +48,9 @@ def _on_rank(rank: int) -> dict:
     return out
 
 
-def test_four_processes_equal_one() -> None:
-    by_rank = run_ranks(WORLD, _on_rank)
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+def test_four_processes_equal_one(transport: str) -> None:
+    by_rank = run_ranks(WORLD, _on_rank, transport)
     for name, (tokens, choices, _, skew) in CASES.items():
         hidden, params, ids = make_inputs(sum(tokens), choices, 8, torch.float32, skew)
         leaves = [t.double().requires_grad_() for t in (hidden, *params)]

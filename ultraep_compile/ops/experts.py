@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.dispatch import EVERYTHING, Positions, Round, buffer_rows
+from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
 from ultraep_compile.ops.layout import ExpertLayout
-from ultraep_compile.ops.transport import CollectiveTransport, Transport, transport_for
+from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, Transport, deadline_of, transport_for
 
 if TYPE_CHECKING:
     from ultraep_compile.codegen.row_function import RowProgram
@@ -42,6 +43,11 @@ class ExpertSite:
     @property
     def transport(self) -> Transport:
         return transport_for(self.layout.ranks, self.group)
+
+    @property
+    def deadline_s(self) -> int:
+        """Seconds after which a wait for another rank is an error."""
+        return deadline_of(self.group)
 
     def static_capacity(self, tokens: int, choices: int) -> int:
         """Rows of one rank in the common, single round: from this process's own token count, ints or SymInts."""
@@ -138,9 +144,15 @@ def experts(
         hidden: [T, D]; weight: routing weights [T, K] if the row function uses them, else None.
         physical_TK, slot_expert_RS, shares_RP: from `reroute` and `plan`.
         params: per-expert tensors [E, ...], or [M, ...] where sharded; consts: shared tensors.
-    Returns: [y [T*K, D_out], *kept] where kept is for backward only.
+    Returns: [y [T*K, D_out], facts, *kept] where all but y is for backward only; facts is int64 [3] on the CPU, what the
+        symmetric transport notes of its rounds.
     """
     site = _sites[site_key]
+    if isinstance(site.transport, SymmetricTransport):
+        from ultraep_compile.ops import symmetric
+
+        plan = (physical_TK, slot_expert_RS, shares_RP)
+        return symmetric.forward(site, hidden, weight, *plan, params, consts, _static_rows(site, physical_TK))
     call = _Call.of(site, physical_TK, shares_RP)
     masters, slots = _weights(site, params, slot_expert_RS)
     y, kept = None, []
@@ -156,7 +168,7 @@ def experts(
     if not call.keep:
         rows = _static_rows(site, physical_TK)
         kept = [k.new_empty(rows, *k.shape[1:]) for k in kept]
-    return [y, *(k.contiguous() for k in kept)]
+    return [y, torch.zeros(3, dtype=torch.int64), *(k.contiguous() for k in kept)]
 
 
 def _static_rows(site: ExpertSite, physical_TK: Tensor) -> int:
@@ -176,7 +188,8 @@ def _(hidden, weight, physical_TK, slot_expert_RS, shares_RP, params, consts, si
     buffer = hidden.new_empty(rows, *hidden.shape[1:])
     y, kept = site.program.forward([buffer, *weights, *masters, *slots, *consts, offsets])
     pairs = physical_TK.shape[0] * physical_TK.shape[1]
-    return [y.new_empty(pairs, *y.shape[1:]), *(k.new_empty(k.shape) for k in kept)]
+    facts = torch.empty(3, dtype=torch.int64)
+    return [y.new_empty(pairs, *y.shape[1:]), facts, *(k.new_empty(k.shape) for k in kept)]
 
 
 @torch.library.custom_op("ultraep::experts_backward", mutates_args=())
@@ -189,57 +202,50 @@ def experts_backward(
     shares_RP: Tensor,
     params: list[Tensor],
     consts: list[Tensor],
+    facts: Tensor,
     kept: list[Tensor],
     site_key: str,
 ) -> list[Tensor]:
     """Gradients [hidden, weight (if given), *params, *consts] of `experts`."""
     site = _sites[site_key]
+    if isinstance(site.transport, SymmetricTransport):
+        from ultraep_compile.ops import symmetric
+
+        plan = (physical_TK, slot_expert_RS, shares_RP)
+        return symmetric.backward(site, grad_y, hidden, weight, *plan, params, consts, facts, kept)
     choices = physical_TK.shape[1]
     call = _Call.of(site, physical_TK, shares_RP)
     masters, slots = _weights(site, params, slot_expert_RS)
     pair_hidden = hidden.new_empty(physical_TK.numel(), *hidden.shape[1:])
     pair_weight = None if weight is None else weight.new_empty(physical_TK.numel(), 1)
-    total: list[Tensor | None] = []
+    total: Gradients = []
     for trip in call.each_round():
         inputs = _row_inputs(trip, hidden, weight, choices, masters, slots, consts)
         if not call.keep:
             kept = site.program.forward(inputs)[1]
         grads = site.program.backward(inputs, kept, trip.to_experts(grad_y, 1, is_gradient=True))
-        trip.to_tokens(_or_zero(grads[0], inputs[0]), pair_hidden)
+        trip.to_tokens(or_zero(grads[0], inputs[0]), pair_hidden)
         if pair_weight is not None:
-            trip.to_tokens(_or_zero(grads[1], inputs[1]), pair_weight)
+            trip.to_tokens(or_zero(grads[1], inputs[1]), pair_weight)
         rest = grads[1 if weight is None else 2 :]
-        total = _accumulate(total, rest) if total else rest
+        total = accumulate(total, rest)
     count = len(params)
     grad_params = [
-        _to_owner(site, _is_whole(site, p), _or_zero(m, like_m), _or_zero(s, like_s), slot_expert_RS)
+        _to_owner(site, _is_whole(site, p), or_zero(m, like_m), or_zero(s, like_s), slot_expert_RS)
         for p, m, s, like_m, like_s in zip(
             params, total[:count], total[count : 2 * count], masters, slots, strict=True
         )
     ]
-    out = [_sum_over_choices(pair_hidden, choices)]
+    out = [sum_over_choices(pair_hidden, choices)]
     if weight is not None and pair_weight is not None:
         out.append(pair_weight.view(weight.shape))
-    return [*out, *grad_params, *(_or_zero(g, c) for g, c in zip(total[2 * count :], consts, strict=True))]
+    return [*out, *grad_params, *(or_zero(g, c) for g, c in zip(total[2 * count :], consts, strict=True))]
 
 
 @experts_backward.register_fake
-def _(grad_y, hidden, weight, physical_TK, slot_expert_RS, shares_RP, params, consts, kept, site_key):
+def _(grad_y, hidden, weight, physical_TK, slot_expert_RS, shares_RP, params, consts, facts, kept, site_key):
     like = [hidden, *([] if weight is None else [weight]), *params, *consts]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
-
-
-def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
-
-
-def _accumulate(total: list[Tensor | None], new: list[Tensor | None]) -> list[Tensor | None]:
-    return [b if a is None else a if b is None else a + b for a, b in zip(total, new, strict=True)]
-
-
-def _sum_over_choices(pairs: Tensor, choices: int) -> Tensor:
-    """[T*K, D] -> [T, D]; contiguous."""
-    return pairs.view(-1, choices, *pairs.shape[1:]).sum(1)
 
 
 def _to_owner(
@@ -279,14 +285,11 @@ def _backward(ctx, grads):
     hidden, *rest = ctx.saved_tensors
     weight = rest.pop(0) if ctx.weighted else None
     plan, rest = rest[:3], rest[3:]
-    params, consts, kept = (
-        rest[: ctx.params],
-        rest[ctx.params : ctx.params + ctx.consts],
-        rest[ctx.params + ctx.consts :],
-    )
+    params, rest = rest[: ctx.params], rest[ctx.params :]
+    consts, (facts, *kept) = rest[: ctx.consts], rest[ctx.consts :]
     if grads[0] is None:
         return None, None, None, None, None, [None] * ctx.params, [None] * ctx.consts, None
-    out = experts_backward(grads[0].contiguous(), hidden, weight, *plan, params, consts, kept, ctx.site_key)
+    out = experts_backward(grads[0].contiguous(), hidden, weight, *plan, params, consts, facts, kept, ctx.site_key)
     d_hidden, d_weight, rest = out[0], (out[1] if ctx.weighted else None), out[2 if ctx.weighted else 1 :]
     return d_hidden, d_weight, None, None, None, rest[: ctx.params], rest[ctx.params :], None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ultraep_compile.errors import RoutingError
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
-from ultraep_compile.ops.transport import transport_for
+from ultraep_compile.ops.transport import SymmetricTransport, transport_for
 from ultraep_compile.planner import make_plan
 
 
@@ -30,8 +30,11 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
     transport = transport_for(ranks, group)
     source = transport.source_of_token(ids.shape[0], ids.device) - transport.hosted.start
     cell = source.unsqueeze(1) * experts + ids.to(torch.int64)
-    counts = torch.bincount(cell.flatten(), minlength=len(transport.hosted) * experts)
-    counts = transport.gather_counts(counts.view(len(transport.hosted), experts).to(torch.int32))
+    counts = torch.bincount(cell.flatten(), minlength=len(transport.hosted) * experts).to(torch.int32)
+    if isinstance(transport, SymmetricTransport):
+        counts = transport.exchange_counts(counts, layer_name(site))
+    else:
+        counts = transport.gather_counts(counts.view(len(transport.hosted), experts))
     watch.add_time(site, "load", started)
     return counts
 

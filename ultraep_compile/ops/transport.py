@@ -1,13 +1,18 @@
-"""Where ranks live. Both transports offer the same few exchanges, so the ops above them are one program.
+"""Where ranks live. All transports offer the same few exchanges, so the ops above them are one program.
 
 `VirtualTransport`: all R ranks are slices of this process's tokens. `CollectiveTransport`: one rank per process of a
-`torch.distributed` group (gloo or NCCL). Every exchange is deterministic in content and order.
+`torch.distributed` group (gloo or NCCL). `SymmetricTransport`: the same processes, where they can address each other's
+memory. Every exchange is deterministic in content and order.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -49,7 +54,7 @@ class VirtualTransport:
         """Masters' gradient plus their copies' gradients, in slot order, accumulated in fp32 or wider."""
         expert = slot_expert_RS.flatten().to(torch.int64)
         used = torch.nonzero(expert >= 0).flatten()
-        return _add_in_order(grad_masters, grad_slots[used], expert[used])
+        return add_in_order(grad_masters, grad_slots[used], expert[used].tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +131,42 @@ class CollectiveTransport:
         index = torch.tensor([s for row in receive for s in row], dtype=torch.int64, device=grad_slots.device)
         arrived = self.all_to_all(grad_slots[index], [len(r) for r in receive], [len(r) for r in send])
         owner = torch.tensor([e for row in send for e in row], dtype=torch.int64, device=grad_slots.device)
-        return _add_in_order(grad_masters, arrived, owner)
+        return add_in_order(grad_masters, arrived, owner.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class SymmetricTransport(CollectiveTransport):
+    """One rank per process, all of whose memory the others can address: `ops.symmetric` moves rows and weights.
+
+    Single exchanges outside of `ultraep::experts` and the counts are still made by collectives.
+    """
+
+    def exchange_counts(self, counts_E: Tensor, layer: str) -> Tensor:
+        """All ranks' counts, int32 [R, E] on all, without a collective."""
+        from ultraep_compile.ops.plane import board_for
+
+        name = self.group.group_name
+        board = board_for(name, counts_E.device, counts_E.shape[0], deadline_of(name))
+        return board.exchange(counts_E, layer)
 
 
 Transport = VirtualTransport | CollectiveTransport
+
+
+TRANSPORTS = ("auto", "collective", "symmetric")
+DEADLINE_S = 60
+_chosen: dict[str, tuple[str, int]] = {}
+
+
+def choose_transport(group: str, transport: str, deadline_s: int = DEADLINE_S) -> None:
+    """How the ranks of a group exchange from now on; all of them must choose alike, before the first exchange."""
+    if _chosen.get(group) != (transport, deadline_s):
+        _chosen[group] = (transport, deadline_s)
+        transport_for.cache_clear()
+
+
+def deadline_of(group: str) -> int:
+    return _chosen.get(group, ("", DEADLINE_S))[1]
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,12 +174,43 @@ def transport_for(ranks: int, group: str) -> Transport:
     """The transport of a group name ("" = virtual ranks)."""
     if not group:
         return VirtualTransport(ranks)
-    return CollectiveTransport(dist.distributed_c10d._resolve_process_group(group))  # pyright: ignore
+    members = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
+    wanted = _chosen.get(group, ("collective", 0))[0]
+    if wanted == "symmetric" or (wanted == "auto" and memory_is_shared(members)):
+        return SymmetricTransport(members)
+    return CollectiveTransport(members)
 
 
-def _add_in_order(base: Tensor, parts: Tensor, index: Tensor) -> Tensor:
+def memory_is_shared(group: dist.ProcessGroup) -> bool:
+    """Can every rank's GPU address the memory of every other's? Every rank must ask, and all get the same answer."""
+    mine = _reach()
+    all_of: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(all_of, mine, group=group)
+    if any(r is None for r in all_of) or len({r["host"] for r in all_of}) > 1:
+        return False
+    used = [r["device"] for r in all_of]
+    doubled = len(set(used)) < len(used)
+    return all((not doubled or r["overlap"]) and set(used) <= set(r["reaches"]) for r in all_of)
+
+
+def _reach() -> dict | None:
+    """This process's host, its current GPU, and the GPUs whose memory that one reaches; None without."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return None
+    device = torch.cuda.current_device()
+    known = {i: str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())}
+    reaches = [u for i, u in known.items() if i == device or torch.cuda.can_device_access_peer(device, i)]
+    return {
+        "host": socket.gethostname(),
+        "device": known[device],
+        "reaches": reaches,
+        "overlap": os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0") == "1",
+    }
+
+
+def add_in_order(base: Tensor, parts: Sequence[Tensor] | Tensor, index: list[int]) -> Tensor:
     """base[index[i]] += parts[i] for i = 0, 1, ... in a wide type: the same bits for the same plan on every run."""
     wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-    for i, e in enumerate(index.tolist()):
+    for i, e in enumerate(index):
         wide[e] += parts[i]
     return wide.to(base.dtype)

@@ -1,0 +1,171 @@
+"""Symmetric memory of expert-parallel layers: a `Plane` for every kind of layer, a `Board` for counts.
+
+A plane holds what all layers of one geometry share: one set of S slots, one set of buffers of static size. It is opened
+by all ranks together, at the first call of the first such layer; its capacity is the largest that any rank asked for,
+and grows when a plan shows that batches have become larger. Nothing that autograd keeps lies in it.
+
+Buffers of N rows, as bytes: `rows` (tokens on their way to experts), `weights` (their routing weights), `grads`
+(gradients of expert outputs), `results` (whatever goes back; peers read it), `result_weights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultraep_compile.codegen.bundle import Bundle, Part
+from ultraep_compile.ops.dispatch import buffer_rows
+from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.symmetric import Region, SymmetricPool, open_pool
+
+SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of slot gradients that the kernels add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What layers must agree in to share a plane."""
+
+    group: str
+    device: torch.device
+    layout: ExpertLayout
+    row_bytes: int
+    result_bytes: int
+    """The widest of a token's row, its gradient and an expert's output."""
+    weight_bytes: int
+    """0 where the row function does not use routing weights."""
+    parts: tuple[Part, ...]
+    """Tensors of an expert that this rank holds for its own experts only."""
+    deadline_s: int
+
+
+class Plane:
+    """The pool of one geometry; every method that opens memory must be called by all ranks alike."""
+
+    def __init__(self, geometry: Geometry, group: dist.ProcessGroup, capacity: int) -> None:
+        self.geometry, self.group, self.capacity = geometry, group, capacity
+        layout, parts = geometry.layout, geometry.parts
+        self.bundle = Bundle("slots", layout.ranks, layout.masters, layout.slots, parts)
+        trained = tuple(p for p in parts if p.dtype.is_floating_point)
+        self.grad_bundle = Bundle("slot_grads", layout.ranks, layout.masters, layout.slots, trained)
+        self.pool = self._open()
+
+    @property
+    def rows(self) -> int:
+        """Rows of every buffer."""
+        return buffer_rows(self.capacity, self.geometry.layout, 1)
+
+    @property
+    def rank(self) -> int:
+        return self.pool.rank
+
+    def _open(self) -> SymmetricPool:
+        g, rows = self.geometry, self.rows
+        widths = {
+            "rows": g.row_bytes,
+            "weights": g.weight_bytes,
+            "grads": g.result_bytes,
+            "results": g.result_bytes,
+            "result_weights": g.weight_bytes,
+        }
+        regions = {name: Region((rows * width,), torch.uint8) for name, width in widths.items()}
+        if g.layout.slots and g.parts:
+            regions |= self.bundle.replicate_regions() | self.grad_bundle.reduce_regions()
+        return open_pool(regions, self.group, g.device, float(g.deadline_s))
+
+    def grow(self, capacity: int) -> None:
+        """Replace the memory by larger one; all ranks, at the same point of the program."""
+        if self.geometry.device.type == "cuda":
+            torch.cuda.synchronize(self.geometry.device)
+        dist.barrier(self.group)  # nobody reads the old memory any more
+        self.pool.close()
+        self.capacity = capacity
+        self.pool = self._open()
+
+    def buffer(self, name: str, like: Tensor, rank: int | None = None) -> Tensor:
+        """A rank's buffer [rows, ...] with rows of the shape and dtype of `like`'s."""
+        raw = self.pool.region(name) if rank is None else self.pool.on_rank(name, rank)
+        width = like.shape[1:].numel() * like.element_size()
+        return raw[: self.rows * width].view(like.dtype).view(self.rows, *like.shape[1:])
+
+    def peers(self, name: str, like: Tensor) -> Tensor | list[Tensor]:
+        """The same buffer of every rank, as kernels (addresses) or plain torch (tensors) take it."""
+        if like.is_cuda:
+            return self.pool.addresses(name)
+        return [self.buffer(name, like, rank) for rank in range(self.pool.ranks)]
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+class Board:
+    """Where every rank writes its counts for all to read; two pages, used in turn."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, experts: int, deadline_s: int) -> None:
+        self.group = group
+        ranks = dist.get_world_size(group)
+        regions = {"counts": Region((2, ranks, experts), torch.int32), "page": Region((1,), torch.int64)}
+        self.pool = open_pool(regions, group, device, float(deadline_s))
+
+    def exchange(self, counts_E: Tensor, layer: str) -> Tensor:
+        """[E] on each rank -> int32 [R, E] on all.
+
+        A rank that writes a page again has passed the barrier of the other page since, so all ranks have read it.
+        """
+        page, site = self.pool.region("page"), self.pool.site(layer)
+        if counts_E.is_cuda:
+            from ultraep_compile.codegen.count_kernels import post_counts, read_counts
+
+            post_counts(counts_E, self.pool.addresses("counts"), page, self.pool.rank, self.pool.ranks)
+            self.pool.barrier(site)
+            return read_counts(self.pool.region("counts"), page)
+        turn = int(page) % 2
+        for rank in range(self.pool.ranks):
+            self.pool.on_rank("counts", rank)[turn, self.pool.rank] = counts_E
+        self.pool.barrier(site)
+        page += 1
+        return self.pool.region("counts")[turn].clone()
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+_planes: dict[Geometry, Plane] = {}
+_boards: dict[tuple[str, torch.device, int], Board] = {}
+
+
+def plane_for(geometry: Geometry, pairs: int) -> Plane:
+    """The plane of a geometry; opened on first use, when `pairs` is what this rank has to send."""
+    group = _resolve(geometry.group)
+    plane = _planes.get(geometry)
+    if plane is None or plane.group is not group:
+        asked: list[int] = [0] * geometry.layout.ranks
+        dist.all_gather_object(asked, pairs, group=group)
+        plane = Plane(geometry, group, geometry.layout.capacity(max(asked) * geometry.layout.ranks))
+        _planes[geometry] = plane
+    return plane
+
+
+def board_for(group_name: str, device: torch.device, experts: int, deadline_s: int) -> Board:
+    group, key = _resolve(group_name), (group_name, device, experts)
+    board = _boards.get(key)
+    if board is None or board.group is not group:
+        board = _boards[key] = Board(group, device, experts, deadline_s)
+    return board
+
+
+def close_planes() -> None:
+    """Give all symmetric memory back. The next call of a layer opens it again, on all ranks together."""
+    for held in (*_planes.values(), *_boards.values()):
+        if held.pool.device.type == "cuda" and not held.pool.closed:
+            torch.cuda.synchronize(held.pool.device)
+        held.close()
+    _planes.clear()
+    _boards.clear()
+
+
+def _resolve(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore
