@@ -54,3 +54,40 @@ def expert_counts(ids: Tensor, experts: int) -> Tensor:
     count_part[(PROGRAMS,)](ids.contiguous(), part, ids.numel(), experts, width, block, per, on_gpu, **launch)
     count_sum[(triton.cdiv(experts, 32),)](part, counts, experts, PROGRAMS, 32, on_gpu, **launch)
     return counts
+
+
+@triton.jit
+def post(counts_p, boards_p, page_p, rank, R, E, BLOCK: tl.constexpr):
+    """Program r writes this rank's counts to row `rank` of the current page of rank r's board [2, R, E]."""
+    board_p = tl.load(boards_p + tl.program_id(0)).to(tl.pointer_type(tl.int32))
+    row_p = board_p + (tl.load(page_p) % 2 * R + rank) * E
+    e = 0
+    while e < E:
+        i = e + tl.arange(0, BLOCK)
+        tl.store(row_p + i, tl.load(counts_p + i, mask=i < E), mask=i < E)
+        e += BLOCK
+
+
+@triton.jit
+def read(board_p, out_p, page_p, R, E, BLOCK: tl.constexpr):
+    """Program r copies row r of the current page."""
+    row_p = board_p + (tl.load(page_p) % 2 * R + tl.program_id(0)) * E
+    e = 0
+    while e < E:
+        i = e + tl.arange(0, BLOCK)
+        tl.store(out_p + tl.program_id(0) * E + i, tl.load(row_p + i, mask=i < E, volatile=True), mask=i < E)
+        e += BLOCK
+
+
+def post_counts(counts_E: Tensor, boards: Tensor, page: Tensor, rank: int, ranks: int) -> None:
+    """Write int32 [E] to every rank's board; `boards` int64 [R] addresses of int32 [2, R, E], `page` int64 [1]."""
+    post[(ranks,)](counts_E, boards, page, rank, ranks, counts_E.shape[0], 1024)
+
+
+def read_counts(board: Tensor, page: Tensor) -> Tensor:
+    """int32 [R, E]: a copy of the current page of the own board; turns the page."""
+    _, ranks, experts = board.shape
+    out = board.new_empty(ranks, experts)
+    read[(ranks,)](board, out, page, ranks, experts, 1024)
+    page.add_(1)
+    return out

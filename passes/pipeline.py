@@ -17,6 +17,7 @@ from torch import fx
 from ultraep_compile.config import Options
 from ultraep_compile.errors import TopologyError, UltraEPError
 from ultraep_compile.ops.experts import ExpertSite
+from ultraep_compile.ops.transport import choose_transport
 from ultraep_compile.passes.insert_balance import insert_balance, prepare_site, site_layout
 from ultraep_compile.passes.lift import Miss, Site, find_moe_sites, verify_site
 from ultraep_compile.passes.lift.nodes import is_unshard, upstream
@@ -102,6 +103,8 @@ def topology_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
         if rewrite.group not in ("", options.group.group_name):
             raise TopologyError("option 'group' is not the group that shard_experts used. Leave 'group' out.")
         rewrite.group, rewrite.ranks = options.group.group_name, options.group.size()
+    if rewrite.group:
+        choose_transport(rewrite.group, options.transport, options.deadline_s)
     return gm
 
 

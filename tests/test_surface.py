@@ -46,6 +46,8 @@ def test_options_and_their_defaults() -> None:
         "redundant_experts": 2,
         "planner": "quota",
         "inner": "inductor",
+        "transport": "auto",
+        "deadline_s": 60,
         "expect_moe_sites": None,
         "verify": 0,
         "trace": None,

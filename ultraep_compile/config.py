@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ultraep_compile.errors import OptionError, TopologyError, nearest
+from ultraep_compile.ops.transport import TRANSPORTS
 from ultraep_compile.planner.registry import planner_by_name
 
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
@@ -39,6 +40,14 @@ class Options:
     inner: str = "inductor"
     """The compiler that gets the rewritten graph: `inductor`, `aot_eager` or `eager`."""
 
+    transport: str = "auto"
+    """How processes of a group exchange tokens and weights: `collective` (gloo, NCCL), `symmetric` (Triton kernels over
+    memory that all ranks can address: GPUs of one host with peer access, processes that share a GPU, or, for tests,
+    processes on one CPU through shared files), or `auto`: symmetric on GPUs that can, else collective."""
+
+    deadline_s: int = 60
+    """Seconds after which a wait for another rank over symmetric memory is a `PeerTimeoutError`."""
+
     expect_moe_sites: int | None = None
     """Raise unless exactly this many MoE layers are rewritten in the compiled graph; for continuous integration."""
 
@@ -60,6 +69,10 @@ class Options:
             if value is not None and value < 0:
                 raise OptionError(f"option {name!r} is {value}. Give 0 or more.")
         planner_by_name(self.planner)
+        if self.transport not in TRANSPORTS:
+            raise OptionError(f"unknown transport {self.transport!r}. {nearest(self.transport, TRANSPORTS)}")
+        if isinstance(self.deadline_s, bool) or not isinstance(self.deadline_s, int) or self.deadline_s < 1:
+            raise OptionError(f"option 'deadline_s' is {self.deadline_s!r}. Give a whole number of seconds, 1 or more.")
         if self.inner not in INNER_BACKENDS:
             raise OptionError(f"unknown inner backend {self.inner!r}. {nearest(self.inner, INNER_BACKENDS)}")
         if self.group is not None:

@@ -22,10 +22,12 @@ CASES = {  # tokens of each rank, choices, slots, skew
 }
 
 
-def _on_rank(rank: int, transport: str) -> dict:
+def _on_rank(rank: int, transport: str, device: str = "cpu") -> dict:
     out = {}
     group = dist.group.WORLD.group_name
     choose_transport(group, transport)
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     for name, (tokens, choices, slots, skew) in CASES.items():
         for sharded in (True, False):
             layout = ExpertLayout(8, WORLD, slots)
@@ -36,12 +38,13 @@ def _on_rank(rank: int, transport: str) -> dict:
             here = slice(rank * 2, rank * 2 + 2)
             results = {}
             for planner in ("quota", "none"):
-                leaves = [hidden[mine].clone().requires_grad_()]
-                leaves += [(p[here] if sharded else p).clone().requires_grad_() for p in params]
-                y = balanced(leaves[0], leaves[1:], ids[mine], layout, key, planner, group)
+                leaves = [hidden[mine].clone().to(device).requires_grad_()]
+                leaves += [(p[here] if sharded else p).clone().to(device).requires_grad_() for p in params]
+                y = balanced(leaves[0], leaves[1:], ids[mine].to(device), layout, key, planner, group)
                 g = torch.randn(sum(tokens) * choices, y.shape[1], generator=torch.Generator().manual_seed(5))
-                grads = torch.autograd.grad(y, leaves, g[begin * choices : (begin + tokens[rank]) * choices])
-                results[planner] = (y.detach(), grads)
+                g = g[begin * choices : (begin + tokens[rank]) * choices].to(device)
+                grads = torch.autograd.grad(y, leaves, g)
+                results[planner] = (y.detach().cpu(), [d.cpu() for d in grads])
             assert torch.equal(results["quota"][0], results["none"][0])
             assert torch.equal(results["quota"][1][0], results["none"][1][0])
             out[name, sharded] = results["quota"]
@@ -50,7 +53,17 @@ def _on_rank(rank: int, transport: str) -> dict:
 
 @pytest.mark.parametrize("transport", ["collective", "symmetric"])
 def test_four_processes_equal_one(transport: str) -> None:
-    by_rank = run_ranks(WORLD, _on_rank, transport)
+    _compare_with_one_process(run_ranks(WORLD, _on_rank, transport))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_four_processes_on_gpus_equal_one(monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    _compare_with_one_process(run_ranks(WORLD, _on_rank, "symmetric", "cuda"))
+
+
+def _compare_with_one_process(by_rank: list[dict]) -> None:
     for name, (tokens, choices, _, skew) in CASES.items():
         hidden, params, ids = make_inputs(sum(tokens), choices, 8, torch.float32, skew)
         leaves = [t.double().requires_grad_() for t in (hidden, *params)]

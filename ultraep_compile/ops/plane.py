@@ -74,6 +74,7 @@ class Plane:
         regions = {name: Region((rows * width,), torch.uint8) for name, width in widths.items()}
         if g.layout.slots and g.parts:
             regions |= self.bundle.replicate_regions() | self.grad_bundle.reduce_regions()
+        self._size = sum(region.nbytes for region in regions.values())
         return open_pool(regions, self.group, g.device, float(g.deadline_s))
 
     def grow(self, capacity: int) -> None:
@@ -96,6 +97,11 @@ class Plane:
         if like.is_cuda:
             return self.pool.addresses(name)
         return [self.buffer(name, like, rank) for rank in range(self.pool.ranks)]
+
+    @property
+    def nbytes(self) -> int:
+        """Symmetric memory on this rank."""
+        return self._size
 
     def close(self) -> None:
         self.pool.close()
@@ -155,6 +161,11 @@ def board_for(group_name: str, device: torch.device, experts: int, deadline_s: i
     if board is None or board.group is not group:
         board = _boards[key] = Board(group, device, experts, deadline_s)
     return board
+
+
+def reserved_bytes() -> int:
+    """Symmetric memory that this process holds."""
+    return sum(p.nbytes for p in _planes.values())
 
 
 def close_planes() -> None:

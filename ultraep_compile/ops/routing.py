@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ultraep_compile.errors import RoutingError
 from ultraep_compile.ops import watch
+from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
 from ultraep_compile.ops.transport import SymmetricTransport, transport_for
 from ultraep_compile.planner import make_plan
@@ -22,21 +23,34 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
         ids: integer [T, K], the router's choice.
         scores: the router's raw scores [T, >= E] or None; only looked at for NaN and infinity.
         site: name of the layer for messages and traces.
-    Raises: RoutingError for ids outside 0..E-1 and for scores that are not finite, before anything is exchanged.
+    Raises: RoutingError for ids outside 0..E-1 and for scores that are not finite, before anything is exchanged; on a GPU
+        with symmetric memory at the layer's next call (see `late_checks`).
     """
     started = time.perf_counter()
-    _check_scores(scores, site)
-    _check_ids(ids, experts, site)
     transport = transport_for(ranks, group)
-    source = transport.source_of_token(ids.shape[0], ids.device) - transport.hosted.start
-    cell = source.unsqueeze(1) * experts + ids.to(torch.int64)
-    counts = torch.bincount(cell.flatten(), minlength=len(transport.hosted) * experts).to(torch.int32)
     if isinstance(transport, SymmetricTransport):
-        counts = transport.exchange_counts(counts, layer_name(site))
+        counts = transport.exchange_counts(_own_counts(ids, scores, experts, site), layer_name(site))
     else:
+        _check_scores(scores, site)
+        _check_ids(ids, experts, site)
+        source = transport.source_of_token(ids.shape[0], ids.device) - transport.hosted.start
+        cell = source.unsqueeze(1) * experts + ids.to(torch.int64)
+        counts = torch.bincount(cell.flatten(), minlength=len(transport.hosted) * experts).to(torch.int32)
         counts = transport.gather_counts(counts.view(len(transport.hosted), experts))
     watch.add_time(site, "load", started)
     return counts
+
+
+def _own_counts(ids: Tensor, scores: Tensor | None, experts: int, site: str) -> Tensor:
+    """int32 [E]: this process's tokens for each expert; on a GPU nothing is read on the host."""
+    if ids.is_cuda:
+        from ultraep_compile.codegen.count_kernels import expert_counts
+
+        check_later(ids, scores, experts, layer_name(site))
+        return expert_counts(ids, experts)
+    _check_scores(scores, site)
+    _check_ids(ids, experts, site)
+    return torch.bincount(ids.flatten(), minlength=experts).to(torch.int32)
 
 
 @expert_load.register_fake
@@ -108,6 +122,13 @@ def reroute(ids: Tensor, slot_expert_RS: Tensor, shares_RP: Tensor, experts: int
     ranks = shares_RP.shape[0]
     transport = transport_for(ranks, group)
     layout = ExpertLayout(experts, ranks, slot_expert_RS.shape[1])
+    if isinstance(transport, SymmetricTransport) and ids.is_cuda:
+        from ultraep_compile.codegen.reroute import reroute_and_place
+
+        plan = (slot_expert_RS.contiguous(), shares_RP.contiguous())
+        physical = reroute_and_place(ids, *plan, layout, transport.rank, distinct=False).physical_TK
+        watch.rerouted(site, physical, layout, started)
+        return physical
     logical = physical_to_logical(slot_expert_RS, experts)
     logical = torch.where(logical < 0, experts, logical)
     order = torch.argsort(logical, stable=True)  # copies of one expert side by side

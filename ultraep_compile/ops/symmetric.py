@@ -212,6 +212,10 @@ def forward(
     for index in range(1, rounds):
         _forward_round(call, index, hidden, weight, masters, slots, consts, y)
     call.release_slots()
+    if y.is_cuda:
+        from ultraep_compile.codegen.guard_kernels import poison_lost_rows
+
+        poison_lost_rows(y, physical_TK)
     if loads is not None:
         _grow(call, loads.read())
     return [y, torch.tensor([call.capacity, rounds, int(fits)]), *kept]

@@ -53,6 +53,8 @@ def make_plan(
     """
     points, solve = _basis_points(tolerance, planner), planner_by_name(planner)
     topology = make_topology(*check_matrix(counts_RE), redundant_experts, domain, experts_per_rank)
+    if counts_RE.is_cuda and not check and topology.is_even and (planner == "none" or topology.slots == 0):
+        return _without_copies(counts_RE, topology)
     if counts_RE.is_cuda and planner == "quota" and _kernels_fit(topology):
         if check:
             check_values(counts_RE)
@@ -114,6 +116,14 @@ def _kernels_fit(topology: Topology) -> bool:
     lanes, masters = 1 << (topology.domain - 1).bit_length(), 1 << (topology.masters - 1).bit_length()
     fits = topology.domain * topology.slots <= KERNEL_SLOTS and lanes * masters <= KERNEL_EXPERTS
     return topology.slots > 0 and fits and find_spec("triton") is not None
+
+
+def _without_copies(counts_RE: Tensor, topology: Topology) -> Plan:
+    """Every token to the master of its expert, without a host read."""
+    ranks, masters, slots = topology.ranks, topology.masters, topology.slots
+    shares = counts_RE.new_zeros(ranks, ranks, masters + slots, dtype=torch.int32)
+    shares[:, :, :masters] = counts_RE.view(ranks, ranks, masters)
+    return Plan(counts_RE.new_full((ranks, slots), -1, dtype=torch.int32), shares.view(ranks, -1))
 
 
 def _plan_on_device(counts_RE: Tensor, topology: Topology, tolerance: int) -> Plan:
