@@ -58,6 +58,11 @@ LLEP = Shape(tokens=32768, hidden=2880, width=2880, experts=128, choices=4, slot
 LLEP_MS = {0.30: 33.1, 0.50: 41.1, 0.80: 41.5, 0.95: 37.4}
 
 
+def everyone() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def product(x: Tensor, w: Tensor, expert_id: Tensor) -> Tensor:
     raise AssertionError("a marker, never run")
 
@@ -86,7 +91,7 @@ class Layer:
     """This rank's part of the layer."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        self.shape, self.group = shape, dist.group.WORLD.group_name
+        self.shape, self.group = shape, everyone().group_name
         ranks, rank = dist.get_world_size(), dist.get_rank()
         self.layout = ExpertLayout(shape.experts, ranks, shape.slots)
         spec = TensorSpec
@@ -302,7 +307,7 @@ def main() -> None:
     if args.share_gpu:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     dist.init_process_group("gloo" if args.share_gpu else "cpu:gloo,cuda:nccl")
-    choose_transport(dist.group.WORLD.group_name, args.transport)
+    choose_transport(everyone().group_name, args.transport)
     record: dict = {
         "device": torch.cuda.get_device_name(),
         "ranks": dist.get_world_size(),

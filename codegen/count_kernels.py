@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultraep_compile.codegen.waits import has_failed
+
 PROGRAMS = 64  # partial histograms; the sum over them is one tile
 
 
@@ -69,13 +71,14 @@ def post(counts_p, boards_p, page_p, rank, R, E, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def read(board_p, out_p, page_p, R, E, BLOCK: tl.constexpr):
-    """Program r copies row r of the current page."""
+def read(board_p, out_p, page_p, control_p, R, E, BLOCK: tl.constexpr):
+    """Program r copies row r of the current page; zeros after a wait has failed, which nothing can go wrong with."""
+    there = not has_failed(control_p)
     row_p = board_p + (tl.load(page_p) % 2 * R + tl.program_id(0)) * E
     e = 0
     while e < E:
         i = e + tl.arange(0, BLOCK)
-        tl.store(out_p + tl.program_id(0) * E + i, tl.load(row_p + i, mask=i < E, volatile=True), mask=i < E)
+        tl.store(out_p + tl.program_id(0) * E + i, tl.load(row_p + i, mask=(i < E) & there, other=0), mask=i < E)
         e += BLOCK
 
 
@@ -84,10 +87,10 @@ def post_counts(counts_E: Tensor, boards: Tensor, page: Tensor, rank: int, ranks
     post[(ranks,)](counts_E, boards, page, rank, ranks, counts_E.shape[0], 1024)
 
 
-def read_counts(board: Tensor, page: Tensor) -> Tensor:
-    """int32 [R, E]: a copy of the current page of the own board; turns the page."""
+def read_counts(board: Tensor, page: Tensor, control: Tensor) -> Tensor:
+    """int32 [R, E]: a copy of the current page of the own board; turns the page. `control`: the pool's control block."""
     _, ranks, experts = board.shape
     out = board.new_empty(ranks, experts)
-    read[(ranks,)](board, out, page, ranks, experts, 1024)
+    read[(ranks,)](board, out, page, control, ranks, experts, 1024)
     page.add_(1)
     return out

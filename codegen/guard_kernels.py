@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultraep_compile.codegen.waits import has_failed
+from ultraep_compile.symmetric import SymmetricPool, control
+
 NOTHING = 2**62
 """The position that is noted while everything is right."""
 
@@ -28,15 +31,17 @@ def first_bad(values_p, note_p, n, limit, IDS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def poison(rows_p, physical_p, n, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """NaN into the rows of pairs that travelled nowhere (physical < 0)."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lost = tl.load(physical_p + i, mask=i < n, other=0) < 0
+def poison(rows_p, physical_p, control_p, n, width, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """NaN into all rows if a wait of this rank has failed, else into those of pairs that travelled nowhere (physical < 0)."""
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lost = (i < n) & has_failed(control_p)
+    if PAIRS:
+        lost = lost | (tl.load(physical_p + i, mask=i < n, other=0) < 0)
     if tl.max(lost.to(tl.int32), 0) > 0:
         c = 0
         while c < width:
             column = c + tl.arange(0, BLOCK)
-            at = rows_p + i[:, None].to(tl.int64) * width + column[None, :]
+            at = rows_p + i[:, None] * width + column[None, :]
             nan = tl.full((ROWS, BLOCK), float("nan"), rows_p.dtype.element_ty)
             tl.store(at, nan, mask=lost[:, None] & (column < width)[None, :])
             c += BLOCK
@@ -53,11 +58,15 @@ def note_bad(ids: Tensor, scores: Tensor | None, experts: int, note: Tensor) -> 
             first_bad[(blocks,)](values.contiguous(), note[at:], values.numel(), experts, is_ids, 4096)
 
 
-def poison_lost_rows(rows: Tensor, physical_TK: Tensor) -> None:
-    """rows [T*K, ...]: those of pairs without a physical expert become NaN.
+def refuse(rows: Tensor, pool: SymmetricPool, physical_TK: Tensor | None = None) -> Tensor:
+    """Make a floating [N, ...] NaN where it cannot be right: everywhere after a wait for another rank has failed, and in
+    the rows of pairs without a physical expert. Returns it.
 
     Example: physical [[3], [-1]] leaves row 0 as it is and makes row 1 NaN.
     """
     n, width = rows.shape[0], rows.shape[1:].numel()
     if rows.numel():
-        poison[(triton.cdiv(n, 16),)](rows, physical_TK.contiguous(), n, width, 16, 256)
+        pairs = rows if physical_TK is None else physical_TK.contiguous()
+        control_p = pool.region(control.CONTROL)
+        poison[(triton.cdiv(n, 16),)](rows, pairs, control_p, n, width, physical_TK is not None, 16, 256)
+    return rows

@@ -38,7 +38,7 @@ def _mean_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
-def _family(rank: int, family: str, compiled: bool) -> dict:
+def _family(rank: int, family: str, compiled: bool, transport: str = "auto") -> dict:
     model, _ = prepared(
         family, "batched_mm", **({"output_router_logits": False} if family in ("mixtral", "qwen2_moe", "jamba", "gpt_oss") else {})
     )
@@ -53,7 +53,7 @@ def _family(rank: int, family: str, compiled: bool) -> dict:
     whole = sum(p.numel() for p in model.parameters() if isinstance(p, DTensor))
     assert held * WORLD == whole > 0
     if compiled:
-        model.compile(backend=backend())
+        model.compile(backend=backend(transport=transport))
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-6, foreach=False) for m in (model, single)]
     mine = {k: v[rank : rank + 1] for k, v in inputs.items()}
     worst = 0.0
@@ -92,26 +92,35 @@ def test_sharded_family_trains_like_one_process(family: str) -> None:
         assert result["worst"] < 1e-4 and result["after"] < 1e-4, result
 
 
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "gpt_oss" else pytest.mark.slow) for f in zoo.FAMILIES]
+)
+def test_sharded_family_over_symmetric_memory(family: str) -> None:
+    for result in run_ranks(WORLD, _family, family, True, "symmetric"):
+        assert result["worst"] < 1e-4 and result["after"] < 1e-4, result
+
+
 def test_sharded_model_is_right_without_any_compiler() -> None:
     for result in run_ranks(WORLD, _family, "mixtral", False):
         assert result["worst"] < 1e-4 and result["after"] < 1e-4, result
 
 
-def _replicated(rank: int) -> float:
+def _replicated(rank: int, transport: str) -> float:
     """Experts not sharded: every rank holds all of them; averaging gradients over ranks makes them right."""
     torch.manual_seed(0)
     model = zoo.HandMoE()
     single = copy.deepcopy(model)
     x = torch.randn(4, 16, zoo.WIDTH, generator=torch.Generator().manual_seed(1))
     expected = step(single, single, {"x": x})
-    model.compile(backend=backend(group=dist.group.WORLD))
+    model.compile(backend=backend(group=dist.group.WORLD, transport=transport))
     step(model, model, {"x": x[rank : rank + 1]})
     grads = _mean_gradients(model)
     return max(relative(grads[n], g) for n, g in expected.grads.items())
 
 
-def test_replicated_experts_with_a_group() -> None:
-    assert max(run_ranks(WORLD, _replicated)) < 1e-5
+@pytest.mark.parametrize("transport", ["auto", "symmetric"])
+def test_replicated_experts_with_a_group(transport: str) -> None:
+    assert max(run_ranks(WORLD, _replicated, transport)) < 1e-5
 
 
 def _refusals(rank: int) -> list[str]:

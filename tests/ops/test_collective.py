@@ -24,6 +24,7 @@ CASES = {  # tokens of each rank, choices, slots, skew
 
 def _on_rank(rank: int, transport: str, device: str = "cpu") -> dict:
     out = {}
+    assert dist.group.WORLD is not None
     group = dist.group.WORLD.group_name
     choose_transport(group, transport)
     if device == "cuda":
@@ -77,5 +78,5 @@ def _compare_with_one_process(by_rank: list[dict]) -> None:
             for index in (1, 2, 3):
                 parts = [grads[index] for _, grads in got]
                 # sharded: gradient of the mean of the ranks' losses; replicated: what averaging turns into it
-                mean = torch.cat(parts) if sharded else sum(parts) / WORLD
+                mean = torch.cat(parts) if sharded else torch.stack(parts).sum(0) / WORLD
                 assert relative(mean * WORLD, exact[index]) < 1e-6, (name, sharded, index)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ultraep_compile.codegen.bundle import Bundle, Part
 from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.layout import ExpertLayout
-from ultraep_compile.symmetric import Region, SymmetricPool, open_pool
+from ultraep_compile.symmetric import Region, SymmetricPool, control, open_pool
 
 SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of slot gradients that the kernels add up."""
@@ -127,7 +127,7 @@ class Board:
 
             post_counts(counts_E, self.pool.addresses("counts"), page, self.pool.rank, self.pool.ranks)
             self.pool.barrier(site)
-            return read_counts(self.pool.region("counts"), page)
+            return read_counts(self.pool.region("counts"), page, self.pool.region(control.CONTROL))
         turn = int(page) % 2
         for rank in range(self.pool.ranks):
             self.pool.on_rank("counts", rank)[turn, self.pool.rank] = counts_E

@@ -99,6 +99,14 @@ class _Call:
             out, self.routing, self.plane.peers(name, out), self.plane.rows, self.site.layout, window=trip
         )
 
+    def refuse(self, rows: Tensor, physical_TK: Tensor | None = None) -> Tensor:
+        """NaN where a missing rank or a wrong id left nothing to compute with; the error comes when the host looks."""
+        if not rows.is_cuda or not rows.dtype.is_floating_point:
+            return rows
+        from ultraep_compile.codegen.guard_kernels import refuse
+
+        return refuse(rows, self.plane.pool, physical_TK)
+
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Masters in place and slots that are being filled; complete once `filled` and all ranks' meeting are passed."""
         layout, rank = self.site.layout, self.plane.rank
@@ -212,11 +220,9 @@ def forward(
     for index in range(1, rounds):
         _forward_round(call, index, hidden, weight, masters, slots, consts, y)
     call.release_slots()
-    if y.is_cuda:
-        from ultraep_compile.codegen.guard_kernels import poison_lost_rows
-
-        poison_lost_rows(y, physical_TK)
+    call.refuse(y, physical_TK)
     if loads is not None:
+        call.plane.pool.check()
         _grow(call, loads.read())
     return [y, torch.tensor([call.capacity, rounds, int(fits)]), *kept]
 
@@ -301,10 +307,11 @@ def backward(
     grad_slots = [or_zero(g, like) for g, like in zip(rest[count : 2 * count], slots, strict=True)]
     call.release_slots()
     grad_params = _to_owners(call, grad_masters, grad_slots)
-    out = [sum_over_choices(pair_hidden, choices)]
+    out = [sum_over_choices(call.refuse(pair_hidden, physical_TK), choices)]
     if weight is not None and pair_weight is not None:
-        out.append(pair_weight.view(weight.shape))
-    return [*out, *grad_params, *(or_zero(g, c) for g, c in zip(rest[2 * count :], consts, strict=True))]
+        out.append(call.refuse(pair_weight, physical_TK).view(weight.shape))
+    grad_consts = [or_zero(g, c) for g, c in zip(rest[2 * count :], consts, strict=True)]
+    return [*out, *grad_params, *(call.refuse(g.contiguous()) if g.dim() else g for g in grad_consts)]
 
 
 def _to_owners(call: _Call, grad_masters: list[Tensor], grad_slots: list[Tensor]) -> list[Tensor]:
@@ -321,10 +328,11 @@ def _to_owners(call: _Call, grad_masters: list[Tensor], grad_slots: list[Tensor]
     for i, grad in zip(travelling, _reduce(call, travelling, grad_masters, grad_slots), strict=True):
         out[i] = grad
     ranks = call.site.layout.ranks
-    return [
+    scaled = [
         g if is_whole(call.site, p) or not g.dtype.is_floating_point else g / ranks
         for g, p in zip(out, call.params, strict=True)
     ]
+    return [call.refuse(g.contiguous()) for g in scaled]
 
 
 def _in_place(call: _Call, grad_masters: Tensor, grad_slots: Tensor) -> Tensor:
