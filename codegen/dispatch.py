@@ -38,8 +38,10 @@ from ultraep_compile.codegen.wire import SCALED, pack_rows_reference, packed_byt
 from ultraep_compile.ops.layout import ExpertLayout
 
 Peers = Tensor | Sequence[Tensor]
-TILE_WORDS = 4096
-"""Words that a program of four warps holds at a time."""
+WARP_WORDS = 1024
+"""Words that a warp holds at a time."""
+FEW_PROGRAMS = 128
+"""Fewer programs than about this many do not fill a device: each must keep more bytes in flight."""
 
 
 def push_rows(
@@ -70,12 +72,12 @@ def push_rows(
     pairs = tokens * choices
     if source.numel() == 0:
         return None
-    words, shape = _words(source)
+    words, shape = _words(source, programs)
     table = addresses(peers, source.device)
     kernels.push[(_programs(programs, triton.cdiv(pairs, shape["ROWS"]), source.device),)](
         words, routing.physical_TK, routing.position_TK, routing.lead_TK if once else table, window.places_P4, table,
         addresses(references, source.device) if references is not None else table, pairs, rows, choices, divisor,
-        layout.physical_per_rank, **shape, ONCE=once, GRADIENT=gradient, num_warps=4,
+        layout.physical_per_rank, **shape, ONCE=once, GRADIENT=gradient,
     )  # fmt: skip
     return None
 
@@ -100,12 +102,12 @@ def pull_rows(
     if packed:
         shape = _packed_shape(out.shape[1])
         kernels.pull_packed[(_programs(programs, triton.cdiv(pairs, shape["ROWS"]), device),)](
-            out, *where, layout.physical_per_rank, **shape, ZERO=zero_rest, num_warps=4
+            out, *where, layout.physical_per_rank, **shape, ZERO=zero_rest
         )
     else:
-        words, shape = _words(out)
+        words, shape = _words(out, programs)
         kernels.pull[(_programs(programs, triton.cdiv(pairs, shape["ROWS"]), device),)](
-            words, *where, layout.physical_per_rank, **shape, ZERO=zero_rest, num_warps=4
+            words, *where, layout.physical_per_rank, **shape, ZERO=zero_rest
         )
     return out
 
@@ -145,10 +147,10 @@ def spread_rows(buffer: Tensor, references: Tensor, window: Window, programs: in
         buffer[:used] = buffer[references[:used].long()]
         return
     if buffer.numel():
-        words, _ = _words(buffer)
+        words, _ = _words(buffer, programs)
         kernels.spread[(_programs(programs, buffer.shape[0], buffer.device),)](
             words, references, window.offsets, window.offsets.shape[0] - 1, words.shape[1],
-            min(TILE_WORDS, triton.next_power_of_2(words.shape[1])), num_warps=4,
+            min(4096, triton.next_power_of_2(words.shape[1])), num_warps=4,
         )  # fmt: skip
 
 
@@ -158,10 +160,10 @@ def clear_rows(buffer: Tensor, window: Window, programs: int | None = None) -> N
         buffer[int(window.offsets[-1]) :] = 0
         return
     if buffer.numel():
-        words, _ = _words(buffer)
+        words, _ = _words(buffer, programs)
         kernels.clear[(_programs(programs, buffer.shape[0], buffer.device),)](
             words, window.offsets, buffer.shape[0], window.offsets.shape[0] - 1, words.shape[1],
-            min(TILE_WORDS, triton.next_power_of_2(words.shape[1])), num_warps=4,
+            min(4096, triton.next_power_of_2(words.shape[1])), num_warps=4,
         )  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def pack_rows(rows_ND: Tensor, programs: int | None = None) -> Tensor:
     if n:
         shape = _packed_shape(width)
         count = _programs(programs, triton.cdiv(n, shape["ROWS"]), rows_ND.device)
-        kernels.pack[(count,)](rows_ND.contiguous(), wire, n, **shape, num_warps=4)
+        kernels.pack[(count,)](rows_ND.contiguous(), wire, n, **shape)
     return wire
 
 
@@ -196,7 +198,6 @@ def unpack_rows(wire: Tensor, out_ND: Tensor, window: Window | None = None, prog
             groups,
             **shape,
             ALL=window is None,
-            num_warps=4,
         )
     return out_ND
 
@@ -223,15 +224,17 @@ def _all_of(device: torch.device) -> int:
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _words(rows: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """The rows as [N, WORDS] integers, and how a kernel cuts them into tiles."""
+def _words(rows: Tensor, programs: int | None) -> tuple[Tensor, dict[str, int]]:
+    """The rows as [N, WORDS] integers, and how a kernel cuts them into tiles. Few programs hold more words at a time."""
     assert rows.is_contiguous(), "rows are addressed as whole words"
     flat = rows.view(rows.shape[0], -1)
     size = flat.shape[1] * flat.element_size()
     word = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.uint8
     words = flat.view(word)
-    block = min(1024, triton.next_power_of_2(max(1, words.shape[1])))
-    return words, {"WORDS": words.shape[1], "ROWS": min(64, TILE_WORDS // block), "BLOCK": block, "HINT": gcd(16, size)}
+    warps = 8 if programs is None or programs >= FEW_PROGRAMS else 16
+    block = min(128 * warps, triton.next_power_of_2(words.shape[1]))
+    shape = {"WORDS": words.shape[1], "ROWS": min(256, warps * WARP_WORDS // block), "BLOCK": block}
+    return words, {**shape, "HINT": gcd(16, size), "num_warps": warps}
 
 
 def _packed_shape(width: int) -> dict[str, int]:
@@ -240,6 +243,7 @@ def _packed_shape(width: int) -> dict[str, int]:
         "D": width,
         "ROW": packed_bytes(width),
         "SCALES": scales_at(width),
-        "ROWS": max(1, min(16, TILE_WORDS // (blocks * SCALED))),
+        "ROWS": max(1, min(64, 16384 // (blocks * SCALED))),
         "BLOCKS": blocks,
+        "num_warps": 8,
     }

@@ -71,9 +71,7 @@ def prepare(
     wide = n.to(tl.int64)
     home = (e // M)[None, :]
     elsewhere = (r[:, None] // D == home // D) & (r[:, None] != home)
-    load, other, below = tl.reduce(
-        (wide, tl.where(elsewhere, wide, 0), tl.where(r[:, None] < rank, wide, 0)), 0, _add3
-    )
+    load, other, below = tl.reduce((wide, tl.where(elsewhere, wide, 0), tl.where(r[:, None] < rank, wide, 0)), 0, _add3)
     tl.store(load_p + e % M * R + e // M, load, mask=e < E)
     tl.store(own_p + e % M * R + e // M, load - other, mask=e < E)
     tl.store(column_p + e[None, :] * R + r[:, None], n, mask=inside)

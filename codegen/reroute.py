@@ -125,26 +125,26 @@ def rerouting_stages(
     first, order, upto = new(experts + 1), new(physical), new(physical)
     shares, slot_expert = shares_RP.contiguous(), slot_expert_RS.contiguous()
     power = triton.next_power_of_2
-    words = power(counts_row // 4)
+    words, span = power(counts_row // 4), min(128, power(max(1, tiles)))
     lead_here = once_per_rank and distinct
     blocks = triton.cdiv(layout.ranks, sizes["BLOCK"])
     slots = min(128, power(max(1, layout.ranks * layout.slots)))
     launches = {
-        "mark": lambda: kernels.mark[(tiles + blocks,)](
+        "mark": lambda: kernels.mark[(tiles + 2 * blocks,)](
             ids, shares, slot_expert, bits, counts, *made.window, first, order, upto, rank, 0, capacity,
-            T, experts, layout.ranks, tiles, counts_row, K, power(K), power(max(16, experts)), **sizes, SLOTS=slots,
+            T, experts, layout.ranks, counts_row, K, power(K), power(max(16, experts)), **sizes, SLOTS=slots,
             **launch,
         )
     }  # fmt: skip
     if groups > 1:
-        launches["add_up"] = lambda: kernels.add_up[(groups, triton.cdiv(experts, 128))](
-            counts, base, experts, counts_row, 128, **launch
+        launches["add_up"] = lambda: kernels.add_up[(groups, triton.cdiv(experts, 32))](
+            counts, base, experts, counts_row, 32, **launch
         )
     if tiles:
         launches["deal"] = lambda: kernels.deal[(tiles,)](
             ids, bits, counts, base, made.window.places_P4, first, order, upto, made.physical_TK, made.position_TK,
             made.lead_TK if lead_here else counts, capacity, T, experts, counts_row, K, power(K),
-            min(128, power(tiles), max(1, 8192 // words)), words, layout.physical_per_rank, groups > 1, T > 65535,
+            span, min(span, max(1, 8192 // words)), words, layout.physical_per_rank, groups > 1, T > 65535,
             lead_here, **launch,
         )  # fmt: skip
     if once_per_rank and not distinct:
@@ -161,7 +161,7 @@ def _new_window(shares_RP: Tensor, layout: ExpertLayout) -> Window:
 
 def _table_sizes(layout: ExpertLayout) -> dict[str, int]:
     width = triton.next_power_of_2(layout.physical_per_rank)
-    block = max(1, min(triton.next_power_of_2(layout.ranks), 32 // width))
+    block = max(1, min(triton.next_power_of_2(layout.ranks), 16 // width))
     sources = min(64, triton.next_power_of_2(layout.ranks), max(1, 2048 // (width * block)))
     return {"M": layout.masters, "S": layout.slots, "BLOCK": block, "GP": width, "SOURCES": sources}
 

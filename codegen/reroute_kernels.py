@@ -5,7 +5,8 @@
     add_up    only with more than 128 tiles: counts of all tiles before each 128th
     deal      number of every pair among those of its expert, its copy, its position
 
-Only `mark` uses atomics, on bits that are set once: the same result on every run.
+Only `mark` uses atomics, on bits that are set once: the same result on every run. Programs run each instruction once, so
+what they wait for is often their own code: tiles are small and reductions lie along threads to keep it short.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ def _ones(x):
 
 
 @triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
 def _places(
     shares_p, places_p, offsets_p, loads_p, rank, low, high, block, R,
     M: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, GP: tl.constexpr, SOURCES: tl.constexpr,
@@ -49,8 +60,9 @@ def _places(
     for start in range(0, R, SOURCES):
         s = start + tl.arange(0, SOURCES)[:, None, None]
         share = tl.load(shares_p + s * (R * L) + p[None], mask=live[None] & (s < R), other=0)
-        quota += tl.sum(share, 0)
-        below += tl.sum(tl.where(s < rank, share, 0), 0)
+        more, less = tl.reduce((share, tl.where(s < rank, share, 0)), 0, _add2)
+        quota += more
+        below += less
     start = tl.cumsum(quota, 1) - quota
     first = tl.maximum(start, low)
     count = tl.maximum(tl.minimum(start + quota, high) - first, 0)
@@ -100,7 +112,7 @@ def _copies(
     upto = own
     at = e
     lower = tl.zeros((BLOCK * GP,), tl.int32)
-    used = 0
+    used = tl.zeros((BLOCK * GP,), tl.int32)
     if S > 0:
         is_slot = g >= M
         e = tl.where(is_slot, tl.load(slot_expert_p + r * S + g - M, mask=live & is_slot, other=-1), e)
@@ -110,39 +122,50 @@ def _copies(
         upto = own + tl.load(own_p + home, mask=after_home, other=0)
         at = e + after_home.to(tl.int32)
         for start in range(0, R * S, SLOTS):
-            x = start + tl.arange(0, SLOTS)[:, None]
-            e_x = tl.load(slot_expert_p + x, mask=x < R * S, other=-1)
+            x = start + tl.arange(0, SLOTS)
             p_x = x // S * L + M + x % S
-            n_x = tl.load(own_p + p_x, mask=e_x >= 0, other=0)
-            same = (e_x == e[None, :]) & (p_x < p[None, :])
-            under = (e_x >= 0) & (e_x < e[None, :])
-            upto += tl.sum(tl.where(same, n_x, 0), 0)
-            at += tl.sum((same | under).to(tl.int32), 0)
-            lower += tl.sum(under.to(tl.int32), 0)
-            used += tl.sum((e_x >= 0).to(tl.int32))
+            e_x = tl.load(slot_expert_p + x, mask=x < R * S, other=-1)[:, None]
+            n_x = tl.load(own_p + p_x, mask=x < R * S, other=0)[:, None]
+            held = (e_x >= 0) & (at[None, :] >= 0)
+            same = (e_x == e[None, :]) & (p_x[:, None] < p[None, :])
+            under = held & (e_x < e[None, :])
+            shares, equal, less, all_ = tl.reduce(
+                (tl.where(same, n_x, 0), same.to(tl.int32), under.to(tl.int32), held.to(tl.int32)), 0, _add4
+            )
+            upto += shares
+            at += equal + less
+            lower += less
+            used += all_
     tl.store(order_p + at, p, mask=live)
     tl.store(upto_p + at, upto, mask=live)
     tl.store(first_p + e, e + lower, mask=live & (g < M))
-    tl.store(first_p + E, E + used, mask=block == 0)
+    tl.store(first_p + E + 0 * g, E + used, mask=p == 0)
 
 
-@triton.jit(do_not_specialize=["rank", "low", "high", "T", "tiles"])
+@triton.jit(do_not_specialize=["rank", "low", "high", "T"])
 def mark(
     ids_p, shares_p, slot_expert_p, bits_p, counts_p, places_p, offsets_p, loads_p, first_p, order_p, upto_p,
-    rank, low, high, T, E, R, tiles, COUNTS: tl.constexpr,
+    rank, low, high, T, E, R, COUNTS: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     GP: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """bits int64 [tiles, E]: bit t of a word is set where token t of the tile chose the expert; counts uint8
-    [tiles, COUNTS]: bits set. The programs after the tiles make the tables.
+    [tiles, COUNTS]: bits set. The programs before the tiles make the tables, which take longest.
 
     Example: tokens [[2, 0], [2, 1]] give bits [1, 2, 3] and counts [1, 1, 2].
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # not before: what came before `mark` is then complete for `deal`, too
-    tile = tl.program_id(0)
-    if tile < tiles:
+    block = tl.program_id(0)
+    blocks = tl.cdiv(R, BLOCK)
+    if block < blocks:
+        _places(shares_p, places_p, offsets_p, loads_p, rank, low, high, block, R, M, S, BLOCK, GP, SOURCES)
+    elif block < 2 * blocks:
+        _copies(shares_p + rank * R * (M + S), slot_expert_p, first_p, order_p, upto_p, block - blocks, E, R,
+                M, S, BLOCK, GP, SLOTS)  # fmt: skip
+    else:
+        tile = block - 2 * blocks
         e = tl.arange(0, EP)
         row = bits_p + tile.to(tl.int64) * E
         tl.store(row + e, tl.zeros((EP,), tl.int64), mask=e < E)
@@ -156,11 +179,6 @@ def mark(
         tl.debug_barrier()
         word = tl.load(row + e, mask=e < E, other=0, cache_modifier=".cg")
         tl.store(counts_p + tile.to(tl.int64) * COUNTS + e, _ones(word).to(tl.uint8), mask=e < COUNTS)
-    else:
-        block = tile - tiles
-        _places(shares_p, places_p, offsets_p, loads_p, rank, low, high, block, R, M, S, BLOCK, GP, SOURCES)
-        _copies(shares_p + rank * R * (M + S), slot_expert_p, first_p, order_p, upto_p, block, E, R,
-                M, S, BLOCK, GP, SLOTS)  # fmt: skip
 
 
 @triton.jit
@@ -172,8 +190,8 @@ def add_up(counts_p, base_p, E, COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: 
     group = tl.program_id(0)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, group * GROUP, 32):
-        t = (start + tl.arange(0, 32)[:, None]).to(tl.int64)
+    for start in range(0, group * GROUP, GROUP):
+        t = (start + tl.arange(0, GROUP)[:, None]).to(tl.int64)
         total += tl.sum(tl.load(counts_p + t * COUNTS + e[None, :], mask=(e < E)[None, :], other=0).to(tl.int32), 0)
     tl.store(base_p + group * E + e, total, mask=e < E)
 
@@ -181,12 +199,13 @@ def add_up(counts_p, base_p, E, COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: 
 @triton.jit(do_not_specialize=["capacity", "T"])
 def deal(
     ids_p, bits_p, counts_p, base_p, places_p, first_p, order_p, upto_p, physical_p, position_p, lead_p, capacity, T, E,
-    COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr,
+    COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr,
     L: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr, LEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`ops.routing.deal` for a tile of tokens, and what `Positions` knows of its pairs; see `reroute.Routing`.
 
-    WORDS: power of two that holds the words of four counts each; TILES of them are read at once. MANY: `add_up` has run. WIDE: 64-bit products.
+    WORDS: power of two that holds the words of four counts each; of SPAN tiles, TILES are read at once. MANY: `add_up`
+    has run. WIDE: 64-bit products.
     """
     tile = tl.program_id(0)
     k = tl.arange(0, TILE * KP) % KP
@@ -209,7 +228,7 @@ def deal(
     group = tile // GROUP
     even = tl.zeros((WORDS,), tl.int32)
     odd = tl.zeros((WORDS,), tl.int32)
-    for start in tl.static_range(0, GROUP, TILES):
+    for start in tl.static_range(0, SPAN, TILES):
         earlier = group * GROUP + start + tl.arange(0, TILES)[:, None]
         four = tl.load(counts_p.to(tl.pointer_type(tl.int32)) + earlier.to(tl.int64) * (COUNTS // 4) + w[None, :],
                        mask=(earlier < tile) & (w < COUNTS // 4)[None, :], other=0)  # fmt: skip

@@ -22,9 +22,7 @@ from ultraep_compile.symmetric import control
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 CLOCK, LIMIT, FAILED, RECORD = (tl.constexpr(w) for w in (control.CLOCK, control.LIMIT, control.FAILED, control.RECORD))
 SEEN_BY_RANK = tl.constexpr(control.SEEN_BY_RANK)
-VALID, PHASE, PEER, EXPECTED = (
-    tl.constexpr(w) for w in (control.VALID, control.PHASE, control.PEER, control.EXPECTED)
-)
+VALID, PHASE, PEER, EXPECTED = (tl.constexpr(w) for w in (control.VALID, control.PHASE, control.PEER, control.EXPECTED))
 SEEN, SITE, INDEX, MISSING = (tl.constexpr(w) for w in (control.SEEN, control.SITE, control.INDEX, control.MISSING))
 
 if INTERPRETED:

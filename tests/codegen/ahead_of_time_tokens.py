@@ -32,11 +32,11 @@ def compiled(kernel: Any, capability: int, types: dict[str, str] | None = None, 
 
 def reroute(capability: int) -> None:
     """64 ranks, 256 experts, 2 slots, 8 choices."""
-    tables = {"M": 4, "S": 2, "BLOCK": 4, "GP": 8, "SOURCES": 64, "PDL": True}
+    tables = {"M": 4, "S": 2, "BLOCK": 2, "GP": 8, "SOURCES": 64, "PDL": True}
     assert compiled(reroute_kernels.mark, capability, COUNTS=256, K=8, KP=8, EP=256, SLOTS=128, **tables)["cubin"]
     assert compiled(reroute_kernels.tabulate, capability, {"index_p": "*i32"}, **tables)["cubin"]
-    assert compiled(reroute_kernels.add_up, capability, COUNTS=256, BLOCK=128, PDL=True)["cubin"]
-    sizes = {"COUNTS": 256, "K": 8, "KP": 8, "TILES": 128, "WORDS": 64, "L": 6, "PDL": True}
+    assert compiled(reroute_kernels.add_up, capability, COUNTS=256, BLOCK=32, PDL=True)["cubin"]
+    sizes = {"COUNTS": 256, "K": 8, "KP": 8, "SPAN": 128, "TILES": 128, "WORDS": 64, "L": 6, "PDL": True}
     for many, wide, lead in ((False, False, False), (True, True, True)):
         ptx = compiled(reroute_kernels.deal, capability, MANY=many, WIDE=wide, LEAD=lead, **sizes)["ptx"]
         assert "griddepcontrol.wait" in ptx and ("rem" in ptx or "div" in ptx)

@@ -8,16 +8,27 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.distributed as dist
 
 from tests.codegen.token_cases import (
+    TokenCase,
     check_dispatch,
     check_packed_trip,
     check_reroute,
     check_sum,
     check_wire,
+    expected_buffers,
+    expected_rounds,
+    poison,
+    random_rows,
+    rerouted,
     small_token_cases,
 )
-from ultraep_compile.codegen.dispatch import pack_rows
+from tests.multirank import run_ranks
+from ultraep_compile.codegen.dispatch import pack_rows, pull_rows, push_rows, spread_rows
+from ultraep_compile.codegen.handshake import arrive, await_all
+from ultraep_compile.codegen.reroute import EVERYTHING
+from ultraep_compile.symmetric import Region, counters, open_pool
 
 
 def reroute(*names: str) -> None:
@@ -47,6 +58,50 @@ def wire() -> None:
     for name in ("padding", "the example"):
         check_packed_trip(small_token_cases()[name], "cpu", 130)
         check_sum(small_token_cases()[name], "cpu", 37, torch.float32)
+
+
+RANKS = 2
+
+
+def _exchange(rank: int) -> None:
+    """Several layers' rows through the same buffers: nobody reads a row too early or overwrites one too late."""
+    width, rows = 6, 160
+    regions = {
+        "rows": Region((rows, width), torch.float32),
+        "references": Region((rows,), torch.int32),
+        "arrived": counters(RANKS),
+        "results": Region((rows, width), torch.float32),
+        "complete": counters(RANKS),
+    }
+    pool = open_pool(regions, dist.group.WORLD, "cpu", deadline_s=200)
+    for seed in range(3):
+        case = TokenCase.draw(RANKS, 2, 1, [5, 11], 2, 2.0, seed)
+        routings = [rerouted(case, r, "cpu", once_per_rank=True) for r in range(RANKS)]
+        sources = [random_rows(len(i), width, torch.float32, 10 * seed + r) for r, i in enumerate(case.ids_RTK)]
+        once = seed % 2 == 1
+        push_rows(
+            sources[rank], routings[rank], pool.addresses("rows"), rows, case.layout,
+            references=pool.addresses("references") if once else None,
+        )  # fmt: skip
+        arrive(pool, "arrived")
+        await_all(pool, "arrived", "dispatched rows have arrived")
+        if once:
+            spread_rows(pool.region("rows"), pool.region("references"), routings[rank].window)
+        trips = expected_rounds(case, routings, EVERYTHING, 0, rows)
+        used = int(routings[rank].window.offsets[-1])
+        expected = expected_buffers(trips, sources, 2, rows, False)[rank]
+        assert torch.equal(pool.region("rows")[:used], expected[:used])
+        pool.region("results")[:used] = 2 * pool.region("rows")[:used]
+        arrive(pool, "complete")
+        await_all(pool, "complete", "rows to combine have arrived")
+        out = poison((2 * len(sources[rank]), width), torch.float32, "cpu")
+        pull_rows(out, routings[rank], pool.addresses("results"), rows, case.layout)
+        assert torch.equal(out, 2 * sources[rank].repeat_interleave(2, 0))
+        pool.check()
+
+
+def processes() -> None:
+    run_ranks(RANKS, _exchange)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ def test_wire_format_and_sum_in_the_interpreter() -> None:
     _run("interpreted_tokens", "wire", TRITON_INTERPRET="1")
 
 
+def test_processes_exchange_rows_in_the_interpreter() -> None:
+    _run("interpreted_tokens", "processes", TRITON_INTERPRET="1")
+
+
 @pytest.mark.parametrize("capability", [90, 100])
 def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
     _run("ahead_of_time_tokens", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
