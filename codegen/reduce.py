@@ -117,10 +117,18 @@ def reduce_from_slots(
         handshake.await_all(hosted, f"{bundle.name}.complete", "slot gradients are complete", site)
         offsets = (first.offset(f"{bundle.name}.route"), first.offset(f"{bundle.name}.targets"))
         launch_routes(bundle, slot_expert_RS, first.bases, first.rank, len(hosted), offsets, "direct")
-        grid = (max(1, programs // len(hosted)), len(hosted))
-        _kernel(bundle, first, grads)[grid](first.bases, first.rank, *(g.detach() for g in grads), num_warps=warps)
+        launch_pull(hosted, bundle, grads, programs, warps)
     handshake.arrive(hosted, f"{bundle.name}.read")
     return list(grads)
+
+
+def launch_pull(
+    hosted: Sequence[SymmetricPool], bundle: Bundle, grads: Sequence[Tensor], programs: int, warps: int
+) -> None:
+    """The sums, by the lists that `launch_routes` has written."""
+    first = hosted[0]
+    grid = (max(1, programs // len(hosted)), len(hosted))
+    _kernel(bundle, first, grads)[grid](first.bases, first.rank, *(g.detach() for g in grads), num_warps=warps)
 
 
 def _kernel(bundle: Bundle, pool: SymmetricPool, grads: Sequence[Tensor]):

@@ -192,14 +192,29 @@ def replicate_to_slots(
     handshake.await_all(hosted, f"{bundle.name}.free", "slots are free", site, lag=1)
     offsets = (first.offset(f"{bundle.name}.route"), first.offset(f"{bundle.name}.targets"))
     launch_routes(bundle, slot_expert_RS, first.bases, first.rank, len(hosted), offsets, mode)
+    launch_push(hosted, bundle, masters, programs, warps, site)
+    if mode != "direct":
+        launch_pass_on(hosted, bundle, programs, warps, site)
+
+
+def launch_push(
+    hosted: Sequence[SymmetricPool], bundle: Bundle, masters: Sequence[Tensor], programs: int, warps: int, site: int = 0
+) -> None:
+    """The streaming from owners, by the lists that `launch_routes` has written."""
+    first = hosted[0]
     alignments = tuple(alignment_of(p.nbytes, t.data_ptr()) for p, t in zip(bundle.parts, masters, strict=True))
     grid = (max(1, programs // len(hosted)), len(hosted))
     push = _kernel(bundle, first, alignments, relay=False)
     push[grid](first.bases, first.rank, site, *(as_bytes(t) for t in masters), num_warps=warps)
-    if mode != "direct":
-        between = tuple(alignment_of(p.nbytes) for p in bundle.parts)  # slots start at multiples of an expert's size
-        pass_on = _kernel(bundle, first, between, relay=True)
-        pass_on[grid](first.bases, first.rank, site, num_warps=warps)
+
+
+def launch_pass_on(hosted: Sequence[SymmetricPool], bundle: Bundle, programs: int, warps: int, site: int = 0) -> None:
+    """The streaming from slots to slots, chunk by chunk as they arrive."""
+    first = hosted[0]
+    alignments = tuple(alignment_of(p.nbytes) for p in bundle.parts)  # slots start at multiples of an expert's size
+    grid = (max(1, programs // len(hosted)), len(hosted))
+    pass_on = _kernel(bundle, first, alignments, relay=True)
+    pass_on[grid](first.bases, first.rank, site, num_warps=warps)
 
 
 @triton.jit(do_not_specialize=["rank0"])

@@ -23,15 +23,18 @@ from ultraep_compile.codegen.bundle import (
 
 ACTIVE_WORD, EPOCH_WORD = tl.constexpr(ACTIVE), tl.constexpr(EPOCH)
 COLUMNS = tl.constexpr(32)
+BLOCK = 64  # targets that one program places
 
 
 @triton.jit(do_not_specialize=["rank0"])
 def routes_kernel(
     slot_expert_p, bases_p, rank0, route_offset, targets_offset,
     R: tl.constexpr, M: tl.constexpr, S: tl.constexpr, MP: tl.constexpr, QP: tl.constexpr,
-    LISTS: tl.constexpr, SENDER: tl.constexpr, RELAY: tl.constexpr, STAGE: tl.constexpr,
+    BLOCK: tl.constexpr, LISTS: tl.constexpr, SENDER: tl.constexpr, RELAY: tl.constexpr, STAGE: tl.constexpr,
 ):  # fmt: skip
-    """Program i: the lists of rank rank0 + i for one stage. Targets are sorted by (source, slot).
+    """Program (i, b): the lists of rank rank0 + i for one stage; BLOCK targets, and all sources if b = 0.
+
+    Targets are sorted by (source, slot).
 
     Example: R=3, M=2, S=1, slots [[4], [1], [1]]: for rank 0, stage 0, one active source, expert 1, with two targets,
     slot 0 of rank 1 and slot 0 of rank 2; for rank 2, expert 0 with slot 0 of rank 0.
@@ -41,29 +44,40 @@ def routes_kernel(
     own_p = tl.load(bases_p + rank)
     route_p = (own_p + route_offset).to(tl.pointer_type(tl.int32))
     targets_p = (own_p + targets_offset).to(tl.pointer_type(tl.int64)) + STAGE * Q
-    if STAGE == 0:
-        tl.store(route_p + EPOCH_WORD, tl.load(route_p + EPOCH_WORD) + 1)
-    q, m = tl.arange(0, QP), tl.arange(0, MP)
+    N: tl.constexpr = M if STAGE == 0 else S
+    lists_p = route_p + LISTS
+    q = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = _source(slot_expert_p, route_p, q, rank, R, M, S, SENDER, RELAY, STAGE)
-    place = tl.zeros((QP,), tl.int32)
-    first, fan = tl.zeros((MP,), tl.int32), tl.zeros((MP,), tl.int32)
-    for start in tl.static_range(0, QP, COLUMNS):
+    place = tl.zeros((BLOCK,), tl.int32)
+    start = 0
+    while start < QP:
         other = start + tl.arange(0, COLUMNS)
         theirs = _source(slot_expert_p, route_p, other, rank, R, M, S, SENDER, RELAY, STAGE)
-        earlier = (theirs[None, :] < source[:, None]) | ((theirs[None, :] == source[:, None]) & (other[None, :] < q[:, None]))
-        place += tl.sum((earlier & (theirs >= 0)[None, :]).to(tl.int32), 1)
-        fan += tl.sum((theirs[None, :] == m[:, None]).to(tl.int32), 1)
-        first += tl.sum(((theirs[None, :] < m[:, None]) & (theirs >= 0)[None, :]).to(tl.int32), 1)
-    N: tl.constexpr = M if STAGE == 0 else S
-    active = (fan > 0) & (m < N)
-    position = tl.cumsum(active.to(tl.int32), 0) - 1
-    lists_p = route_p + LISTS
-    tl.store(lists_p + position, m, mask=active)
-    tl.store(lists_p + N + position, first, mask=active)
-    tl.store(lists_p + 2 * N + position, fan, mask=active)
+        same = (theirs[None, :] == source[:, None]) & (other[None, :] < q[:, None])
+        earlier = ((theirs[None, :] < source[:, None]) | same) & (theirs >= 0)[None, :]
+        place += tl.sum(earlier.to(tl.int32), 1)
+        start += COLUMNS
     tl.store(lists_p + 3 * N + place, q % S, mask=source >= 0)
     tl.store(targets_p + place, tl.load(bases_p + q // S, mask=source >= 0, other=0), mask=source >= 0)
-    tl.store(route_p + ACTIVE_WORD + STAGE, tl.sum(active.to(tl.int32), 0))
+    if tl.program_id(1) == 0:
+        m = tl.arange(0, MP)
+        first, fan = tl.zeros((MP,), tl.int32), tl.zeros((MP,), tl.int32)
+        start = 0
+        while start < QP:
+            theirs = _source(
+                slot_expert_p, route_p, start + tl.arange(0, COLUMNS), rank, R, M, S, SENDER, RELAY, STAGE
+            )
+            fan += tl.sum((theirs[None, :] == m[:, None]).to(tl.int32), 1)
+            first += tl.sum(((theirs[None, :] < m[:, None]) & (theirs >= 0)[None, :]).to(tl.int32), 1)
+            start += COLUMNS
+        active = (fan > 0) & (m < N)
+        position = tl.cumsum(active.to(tl.int32), 0) - 1
+        tl.store(lists_p + position, m, mask=active)
+        tl.store(lists_p + N + position, first, mask=active)
+        tl.store(lists_p + 2 * N + position, fan, mask=active)
+        tl.store(route_p + ACTIVE_WORD + STAGE, tl.sum(active.to(tl.int32), 0))
+        if STAGE == 0:
+            tl.store(route_p + EPOCH_WORD, tl.load(route_p + EPOCH_WORD) + 1)
 
 
 @triton.jit
@@ -107,12 +121,14 @@ def tree_kernel(
     tl.store(sender_p + q, tl.zeros((QP,), tl.int32) - 1, mask=inside)
     copies = tl.zeros((QP,), tl.int32)
     egress, ingress = tl.zeros((RP,), tl.int32), tl.zeros((RP,), tl.int32)
-    for start in tl.static_range(0, QP, COLUMNS):
+    start = 0
+    while start < QP:
         c = start + tl.arange(0, COLUMNS)
         theirs = tl.load(slot_expert_p + c, mask=c < Q, other=-1)
         copies += tl.sum((theirs[None, :] == expert[:, None]).to(tl.int32), 1)
         egress += tl.sum(((theirs >= 0)[None, :] & ((theirs // M)[None, :] == r[:, None])).to(tl.int32), 1)
         ingress += tl.sum(((theirs >= 0)[None, :] & ((c // S)[None, :] == r[:, None])).to(tl.int32), 1)
+        start += COLUMNS
     copies = tl.where(expert >= 0, copies, 0)
     tl.store(egress_p + r, egress, mask=r < R)
     taken = tl.zeros((QP,), tl.int32)
@@ -127,9 +143,11 @@ def tree_kernel(
         tl.store(key_p + q, key, mask=inside)
         tl.debug_barrier()
         order = tl.zeros((QP,), tl.int32)
-        for start in tl.static_range(0, QP, COLUMNS):
+        start = 0
+        while start < QP:
             c = start + tl.arange(0, COLUMNS)
             order += tl.sum((tl.load(key_p + c, mask=c < Q, other=2147483647)[None, :] < key[:, None]).to(tl.int32), 1)
+            start += COLUMNS
         k = 1
         while (k + 1) * (k + 1) <= n:
             k += 1
@@ -137,10 +155,12 @@ def tree_kernel(
         children = tl.where(relays, (n - 1 - order) // k, 0)
         now_q = tl.load(egress_p + q // S, mask=inside, other=0)
         in_q = tl.zeros((QP,), tl.int32)
-        for start in tl.static_range(0, QP, COLUMNS):
+        start = 0
+        while start < QP:
             c = start + tl.arange(0, COLUMNS)
             full = tl.load(slot_expert_p + c, mask=c < Q, other=-1) >= 0
             in_q += tl.sum((full[None, :] & ((c // S)[None, :] == (q // S)[:, None])).to(tl.int32), 1)
+            start += COLUMNS
         out_owner = tl.load(egress_p + owner)
         in_owner = tl.sum(tl.where(r == owner, ingress, 0), 0)
         before = tl.maximum(out_owner, in_owner)
@@ -152,10 +172,12 @@ def tree_kernel(
             if n > k:
                 wanted = tl.where(hosts & (order >= k), (order - k) % k, -1)
                 sender = tl.zeros((QP,), tl.int32)
-                for start in tl.static_range(0, QP, COLUMNS):
+                start = 0
+                while start < QP:
                     c = start + tl.arange(0, COLUMNS)
                     match = tl.load(order_p + c, mask=c < Q, other=2147483647)[None, :] == wanted[:, None]
                     sender += tl.sum(tl.where(match, c[None, :], 0), 1)
+                    start += COLUMNS
                 tl.store(sender_p + q, sender, mask=wanted >= 0)
                 tl.store(egress_p + q // S, now_q + children, mask=relays)
                 tl.debug_barrier()
@@ -176,8 +198,9 @@ def launch_routes(
         )
     for stage in (0, 1) if mode != "direct" else (0,):
         sources = triton.next_power_of_2((M, S)[stage])
-        routes_kernel[(hosted,)](
-            slot_expert_RS, bases, rank0, *offsets, **sizes, MP=sources, STAGE=stage, RELAY=mode != "direct",
+        block = min(width, BLOCK)
+        routes_kernel[(hosted, triton.cdiv(Q, block))](
+            slot_expert_RS, bases, rank0, *offsets, **sizes, MP=sources, STAGE=stage, RELAY=mode != "direct", BLOCK=block,
             LISTS=route_layout(bundle, stage).source,
         )  # fmt: skip
 

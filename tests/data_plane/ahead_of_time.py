@@ -64,7 +64,7 @@ def main(capability: int, show: bool) -> None:
     plan = {"slot_expert_p": "*i32", "bases_p": "*i64", "rank0": "i32", "route_offset": "i32"}
     for relay in (False, True):
         found[f"routes {relay}"] = compiled(
-            routes_kernel, capability, 4, {**plan, "targets_offset": "i32"}, **sizes, MP=4, QP=128,
+            routes_kernel, capability, 4, {**plan, "targets_offset": "i32"}, **sizes, MP=4, QP=128, BLOCK=64,
             LISTS=route_layout(bundle, 0).source, SENDER=sender_offset(bundle), RELAY=relay, STAGE=0,
         )  # fmt: skip
     constants = {"RP": 64, "QP": 128, "SENDER": sender_offset(bundle), "FORCE": False}

@@ -286,5 +286,23 @@ def check_graph() -> None:
                 assert row[0] < 0 or cases.same_bytes(pool.region(bundle.region_of(i))[0], t[row[0]])
 
 
+def device_steps(ranks: str, steps: str) -> None:
+    """Randomised steps with random delays over processes that share a GPU."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    start = time.monotonic()
+    run_ranks(int(ranks), steps_on, "cuda", int(steps))
+    print(f"{steps} steps of {ranks} processes right in {time.monotonic() - start:.0f} s")
+
+
+def device_small() -> None:
+    """Small shapes on a GPU, for compute-sanitizer."""
+    for mode in ("direct", "relay"):
+        bundle = Bundle("b", 5, 2, 2, cases.WEIGHTS, chunk_bytes=1)
+        check_virtual(bundle, cases.random_plan(5, 2, 2, 3, hot=0.7), mode, 0, "cuda", programs=20)
+    grads = Bundle("g", 5, 2, 2, cases.GRADS)
+    check_reduce(grads, [torch.float32] * len(cases.GRADS), cases.random_plan(5, 2, 2, 3, hot=0.7), 1, "cuda", programs=20)
+    print("small shapes right")
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
