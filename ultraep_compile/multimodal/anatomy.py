@@ -39,6 +39,8 @@ class Group:
     """Features: (path of the part, leaf of its output), in the order in which they are made."""
     once: bool
     """Does every part that makes features run once in a forward?"""
+    dims: list[int] = field(default_factory=list)
+    """Per slot the dimension along which the rows of items lie in the part's output."""
     keys: tuple[str, ...] = ()
     """Inputs that the features depend on."""
     required: bool = False
@@ -144,7 +146,9 @@ class _Watcher:
 
     def actions(self) -> dict[nn.Module, Action]:
         f = self.found
-        made: dict[nn.Module, Action] = {f.part(p): self._part(p) for p in (*f.roles.encoders, *f.roles.projectors)}
+        made: dict[nn.Module, Action] = {
+            f.part(p): self._part(p) for p in (*f.roles.encoders, *f.roles.projectors, *f.roles.within)
+        }
         made |= {f.part(p): self._head(p) for p in f.roles.trained}
         return made | {layer: self._layer(i) for i, layer in enumerate(f.layers)}
 
@@ -238,7 +242,7 @@ def _groups(found: Anatomy, watcher: _Watcher, read: set[tuple[int, int]]) -> li
         slots = list(dict.fromkeys((watcher.calls[c], i) for c, i in sorted(read) if watcher.calls[c] in paths))
         if slots:
             once = all(watcher.calls.count(path) == 1 for path, _ in slots)
-            groups.append(Group(ordered[0], ordered, slots, once))
+            groups.append(Group(ordered[0], ordered, slots, once, [0] * len(slots)))
     if not groups:
         raise PartsError(
             f"the loss of {type(found.model).__name__} depends on no output of {', '.join(found.roles.encoders)}; give an example "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy, Group
 from ultraep_compile.multimodal.skeleton import Action, Left, Shape, is_state, run
 
@@ -89,7 +90,7 @@ def answers(
     left: dict[str, Iterator[PartCall]] = {}
     for call in calls:
         left.setdefault(call.path, iter([c for c in calls if c.path == call.path]))
-    place = {slot: (g.name, i) for g in groups for i, slot in enumerate(g.slots)}
+    place = {slot: (g.name, i, g.dims[i]) for g in groups for i, slot in enumerate(g.slots)}
     used: dict[tuple[str, int], int] = {}
 
     def answer(path: str) -> Action:
@@ -102,10 +103,15 @@ def answers(
                 if given is None:
                     leaves.append(leaf.hollow() if isinstance(leaf, Shape) else leaf)
                     continue
+                _, slot, dim = place[path, i]
                 start = used.get((path, i), 0)
-                used[path, i] = start + leaf.sizes[0]
-                rows = given[place[path, i][1]][start : used[path, i]]
-                assert tuple(rows.shape) == leaf.sizes, f"features of {path}: {tuple(rows.shape)}, not {leaf.sizes}"
+                used[path, i] = start + leaf.sizes[dim]
+                rows = given[slot][start : used[path, i]].movedim(0, dim)
+                if tuple(rows.shape) != leaf.sizes:
+                    raise PartsError(
+                        f"features of {path}: {list(rows.shape)} were made of the items, {list(leaf.sizes)} are read. An encoder that "
+                        "makes other features of items than of a microbatch cannot run on items: give an example batch that shows it."
+                    )
                 leaves.append(rows.clone())  # the model may write into it
             return pytree.tree_unflatten(leaves, call.spec)
 

@@ -140,10 +140,26 @@ def _same_by_pieces(
 ) -> bool:
     division = Division(batch, anatomy.groups, sample_key)
     pieces = division.encoder_items(encoder.group, range(division.samples))
+    group, made = encoder.group, []
+    group.dims = [0] * len(group.slots)
     with contextlib.suppress(Exception), untouched(anatomy.model), torch.no_grad():  # a piece too small may be refused
-        made = [torch.cat(f) for f in zip(*(encoder(**piece) for piece in pieces), strict=True)]
-        return all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5)
-            for a, b in zip(made, expected, strict=True)
-        )
-    return False
+        made = [encoder(**piece) for piece in pieces]
+    if not made:
+        return False
+    dims = [_dim_of_rows([m[i].shape for m in made], f.shape) for i, f in enumerate(expected)]
+    same = all(
+        d is not None and torch.allclose(torch.cat([m[i] for m in made], d), f, rtol=1e-3, atol=1e-5)
+        for i, (d, f) in enumerate(zip(dims, expected, strict=True))
+    )
+    if same:
+        group.dims = [d for d in dims if d is not None]
+    return same
+
+
+def _dim_of_rows(pieces: Sequence[Sequence[int]], whole: Sequence[int]) -> int | None:
+    """The first dim in which sizes of pieces add up to those of the whole, and agree in all others."""
+    for dim in range(len(whole)):
+        others = [(*p[:dim], *p[dim + 1 :]) for p in pieces]
+        if sum(p[dim] for p in pieces) == whole[dim] and all(o == (*whole[:dim], *whole[dim + 1 :]) for o in others):
+            return dim
+    return None

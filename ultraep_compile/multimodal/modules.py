@@ -51,10 +51,11 @@ class EncoderModule(PartModule):
 
     def forward(self, **item: Any) -> tuple[Tensor, ...]:
         made = self._outputs(item)
-        return tuple(
-            torch.cat(t) if len(t) > 1 else t[0]
-            for t in ([p[i] for q, p in made if q == path] for path, i in self.group.slots)
-        )
+        found = []
+        for (path, leaf), dim in zip(self.group.slots, self.group.dims, strict=True):
+            rows = [leaves[leaf].movedim(dim, 0) for p, leaves in made if p == path]
+            found.append(torch.cat(rows) if len(rows) > 1 else rows[0])
+        return tuple(found)
 
     def everything(self, item: Mapping[str, Any]) -> list[Tensor]:
         """All tensors that encoder and projectors return."""

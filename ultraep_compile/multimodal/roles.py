@@ -35,6 +35,8 @@ class Roles:
     generators: list[str] = field(default_factory=list)
     layers: str = ""
     """The language model's list of layers."""
+    within: list[str] = field(default_factory=list)
+    """Parts of the language model that run before its layers: the encoder of an encoder-decoder that images enter."""
     trained: list[str] = field(default_factory=list)
     """Generators that run in the forward watched; the others are not called in training."""
 
@@ -67,19 +69,21 @@ def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any)
     ran = sorted((s for s in stacks if seen.started(s) is not None), key=lambda s: seen.started(s) or 0)
     if len(ran) < 2:
         return roles
-    llm_stack, behind = _language_model(model, ran, *args, **kwargs)
+    llm_stack, behind, feeds = _language_model(model, ran, *args, **kwargs)
     end = seen.ended(llm_stack)
     behind += [s for s in ran if s not in behind and (seen.started(s) or 0) > end]
     others = [s for s in ran if s != llm_stack and s not in behind]
     if not others:
         return roles
     roles.layers = llm_stack
-    roles.llm = [_highest(llm_stack, without=[*others, *behind])]
+    sources = [s for s in others if not feeds[s] - {s}] or others
+    roles.llm = [_highest(llm_stack, without=[*sources, *behind])]
     fed: list[str] = []
     for stack in others:
         part = _highest(stack, without=[llm_stack, *behind])
         if part not in fed:
-            (roles.projectors if seen.reads(part, fed) else roles.encoders).append(part)
+            inside = part.startswith(f"{roles.llm[0]}.")
+            (roles.within if inside else roles.projectors if seen.reads(part, fed) else roles.encoders).append(part)
             fed.append(part)
     roles.trained = list(dict.fromkeys(_highest(s, without=[llm_stack, *others]) for s in behind))
     _beside_the_stacks(model, roles, seen, fed)
@@ -108,8 +112,10 @@ def _beside_the_stacks(model: nn.Module, roles: Roles, seen: _Seen, fed: list[st
         roles.trained += deep
 
 
-def _language_model(model: nn.Module, ran: list[str], *args: Any, **kwargs: Any) -> tuple[str, list[str]]:
-    """The stack that makes the logits, and the stacks that it feeds: generators.
+def _language_model(
+    model: nn.Module, ran: list[str], *args: Any, **kwargs: Any
+) -> tuple[str, list[str], dict[str, set[str]]]:
+    """The stack that makes the logits, the stacks that it feeds (generators), and what each stack is fed by.
 
     With the outputs of all layers cut from the autograd graph, the loss reaches the stacks that no other stack stands behind:
     the language model and generators. The first of them that another stack feeds is the language model, unless it is itself
@@ -167,7 +173,7 @@ def _language_model(model: nn.Module, ran: list[str], *args: Any, **kwargs: Any)
         ):
             maker = s
             break
-    return maker, [s for s in ran if s in nx.descendants(graph, maker)]
+    return maker, [s for s in ran if s in nx.descendants(graph, maker)], feeds
 
 
 def _size(model: nn.Module, path: str) -> int:
