@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -16,7 +17,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for plain parameters beside sharded ones, on one mesh or several.
+    """`torch.nn.utils.clip_grad_norm_` for plain parameters beside sharded ones, on one mesh or several, and for those of
+    an `ultraep_compile.pipeline`, which are spread over its ranks.
 
     torch's own function refuses such a mixture. The norm is that of the whole model's gradient, equal on all ranks;
     every rank must call this.
@@ -24,18 +26,54 @@ def clip_grad_norm_(
     Returns: the norm before clipping, a plain 0-d tensor.
     Raises: RuntimeError for a norm that is not finite, if asked for.
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
-    for p in parameters:
-        if p.grad is not None:
-            by_mesh[p.grad.device_mesh if isinstance(p.grad, DTensor) else None].append(p.grad)
-    norms = [_plain(torch.nn.utils.get_total_norm(grads, norm_type)) for grads in by_mesh.values()]
-    total = torch.nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    group, counted = _pipeline_of(parameters)
+    total = _norm(counted, norm_type, parameters)
+    if group is not None:
+        total = _over_pipeline(total, group, norm_type)
+    if error_if_nonfinite:
+        torch.nn.utils.get_total_norm([total], norm_type, error_if_nonfinite=True)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    for grad in (g for grads in by_mesh.values() for g in grads):
+    for grad in grads:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         local.mul_(scale.to(local.device))
     return total
+
+
+def _pipeline_of(parameters: list[Tensor]) -> tuple[dist.ProcessGroup | None, list[Tensor]]:
+    """The pipeline's group, if the parameters are one's, and the gradients that this rank counts: what several ranks
+    hold is counted by one of them."""
+    group, counted = None, []
+    for p in parameters:
+        mark = getattr(p, "_ultraep_pipeline", None)
+        if mark is not None:
+            group = mark[0]
+        if p.grad is not None and (mark is None or mark[1]):
+            counted.append(p.grad)
+    return group, counted
+
+
+def _norm(grads: list[Tensor], norm_type: float, parameters: list[Tensor]) -> Tensor:
+    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(grad)
+    norms = [_plain(torch.nn.utils.get_total_norm(part, norm_type)) for part in by_mesh.values()]
+    if not norms and parameters:
+        first = parameters[0]
+        norms = [torch.zeros((), device=first.device)]
+    return torch.nn.utils.get_total_norm(norms, norm_type)
+
+
+def _over_pipeline(norm: Tensor, group: dist.ProcessGroup, norm_type: float) -> Tensor:
+    """The norm of all ranks' gradients from the norm of each rank's."""
+    norm = norm.double().clone()
+    if norm_type == float("inf"):
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
+        return norm.float()
+    norm = norm**norm_type
+    dist.all_reduce(norm, group=group)
+    return (norm ** (1.0 / norm_type)).float()
 
 
 def _plain(norm: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +31,15 @@ from ultraep_compile.executor.memory import Meter
 from ultraep_compile.executor.program import Program, check_fits, program_of
 from ultraep_compile.executor.run import Clock, StepRun, Units
 from ultraep_compile.executor.settings import Settings
+from ultraep_compile.executor.story import describe
+from ultraep_compile.executor.timeline import foretold, machine, rates_of, timeline_of, trace
 from ultraep_compile.executor.units import EncoderUnit, GeneratorUnit, StageUnit
 from ultraep_compile.multimodal.parts import Microbatch, Parts, find_parts
 from ultraep_compile.schedules import Problem, Schedule, plan
 from ultraep_compile.schedules.simulate import Timeline
 
 _PLANS = 32  # kept at once
+_MEASURED_STEP = 2  # whose times become the rates; the first warms up
 MOST_METRICS = 32  # that a last stage may return
 
 
@@ -126,7 +131,8 @@ class Pipeline:
         self.clock = Clock(self.device, settings.trace or settings.costs == "measured")
         self.steps = 0
         self.program: Program | None = None
-        self.timeline: Timeline | None = None
+        self.timeline: Timeline | None = None  # of the last step, in seconds, of all ranks, if traced
+        self.predicted: Timeline | None = None  # the same schedule, played at the mean rates of that step
         self._programs: OrderedDict[Problem, Program] = OrderedDict()
 
     def _units(self) -> Units:
@@ -273,28 +279,33 @@ class Pipeline:
         return row[0].float(), tuple(found)
 
     def _after(self, program: Program, microbatches: Sequence[Microbatch]) -> None:
-        """Gather what was measured: the timeline, and once the rates."""
+        """Gather what was measured, foretell it, and once take the rates from it. Equal on every rank."""
         seconds = self.clock.seconds()
-        longest = max(len(ops) for ops in program.schedule.ranks)
-        mine = torch.zeros(longest, 2, dtype=torch.float64)
-        mine[: len(seconds)] = torch.tensor([[a, b] for _, a, b in seconds], dtype=torch.float64)
-        table = _rows(mine, self.control).tolist()
-        start = tuple(
-            tuple(x[0] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True)
-        )
-        end = tuple(
-            tuple(x[1] for x in row[: len(ops)]) for row, ops in zip(table, program.schedule.ranks, strict=True)
-        )
-        self.timeline = Timeline(program.schedule, start, end, max((e for row in end for e in row), default=0.0))
-        if self.settings.costs == "measured" and self.steps == 2:  # the first step warms up
-            self.calibrate(microbatches)
+        mine = torch.zeros(1 + max(len(ops) for ops in program.schedule.ranks), 2, dtype=torch.float64)
+        mine[0] = torch.tensor([self.clock.host, machine()])
+        mine[1 : 1 + len(seconds)] = torch.tensor([[a, b] for _, a, b in seconds], dtype=torch.float64)
+        measured = timeline_of(program.schedule, _rows(mine, self.control).tolist())
+        split = self.settings.generator == "split"
+        self.timeline = measured
+        self.predicted = foretold(measured, self.parts, microbatches, self.rates, split)
+        if self.settings.costs == "measured" and self.steps == _MEASURED_STEP:
+            if not self.outer_groups:
+                self.rates = rates_of(measured, self.parts, microbatches, self.rates)
+                return
+            mine = torch.tensor(measured_work(self.parts, microbatches, seconds), dtype=torch.float64)
+            summed = _rows(mine, self.control).sum(0).tolist()
+            self.rates = measured_rates(self.rates, self._mean_over_pipelines(summed))
 
-    def calibrate(self, microbatches: Sequence[Microbatch]) -> None:
-        """Take the rates from the step that was just measured; plans from now on use them. Collective."""
-        table = torch.tensor(measured_work(self.parts, microbatches, self.clock.seconds()), dtype=torch.float64)
-        dist.all_reduce(table, group=self.control)
-        numbers = self._mean_over_pipelines(table.tolist()) if self.outer_groups else table.tolist()
-        self.rates = measured_rates(self.rates, numbers)
+    def write_trace(self, path: str | Path) -> None:
+        """The last step, measured beside predicted, as one file for ui.perfetto.dev; rank 0 writes. Needs `trace=True`."""
+        if self.timeline is None or self.predicted is None:
+            raise PipelineError("No step was measured. Make the pipeline with trace=True and run a step first.")
+        if dist.get_rank() == 0:
+            Path(path).write_text(json.dumps(trace(self.timeline, self.predicted)))
+
+    def explain(self) -> str:
+        """Who holds and runs what, and how the last step's schedule fares."""
+        return describe(self)
 
     @property
     def schedule(self) -> Schedule | None:

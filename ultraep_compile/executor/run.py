@@ -38,6 +38,7 @@ class Clock:
     on: bool
     marks: list[tuple[Op, Any, Any]] = field(default_factory=list)
     origin: Any = None
+    host: float = 0.0  # the host's clock at the origin
 
     def now(self) -> Any:
         if self.device.type != "cuda":
@@ -49,6 +50,7 @@ class Clock:
     def start(self) -> None:
         self.marks.clear()
         self.origin = self.now() if self.on else None
+        self.host = time.perf_counter()
 
     def seconds(self) -> list[tuple[Op, float, float]]:
         """(operation, start, end) since the step began. On a GPU this waits for the device."""
