@@ -54,7 +54,7 @@ def _batches(rank: int, ranks: int, count: int) -> tuple[int, float]:
 
 @pytest.mark.parametrize(
     ("ranks", "count"),
-    [(2, 40), pytest.param(2, 200, marks=pytest.mark.slow), pytest.param(4, 200, marks=pytest.mark.slow)],
+    [(2, 20), pytest.param(2, 200, marks=pytest.mark.slow), pytest.param(4, 200, marks=pytest.mark.slow)],
 )
 def test_random_batches(ranks: int, count: int) -> None:
     for plans, worst in run_ranks(ranks, _batches, ranks, count):

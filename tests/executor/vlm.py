@@ -7,19 +7,23 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IMAGE, PATCHES = 120, 16  # token id of an image's rows; rows of an image
 
 
-def llava(layers: int = 4) -> nn.Module:
-    """CLIP, a projector and Llama; no dropout."""
+def llava(layers: int = 4, experts: int = 0) -> nn.Module:
+    """CLIP, a projector and Llama, or Mixtral if it shall have experts; no dropout."""
     torch.manual_seed(0)
     text: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
     vision: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
               "patch_size": 4}  # fmt: skip
+    language = transformers.LlamaConfig(**text)
+    if experts:
+        language = transformers.MixtralConfig(**text, num_local_experts=experts, num_experts_per_tok=2)
     config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**text),
+        text_config=language,
         vision_config=transformers.CLIPVisionConfig(**vision),
         image_token_index=IMAGE,
     )
@@ -51,10 +55,17 @@ def worst_difference(pipe: Any, single: nn.Module, batches: list[dict[str, Tenso
             part.backward()
             loss += float(part)
         worst = max(worst, abs(result - loss) / abs(loss))
+    return max(worst, gradients_differ(pipe, single))
+
+
+def gradients_differ(pipe: Any, single: nn.Module) -> float:
+    """Largest relative difference of this rank's gradients."""
+    worst = 0.0
     grads = {n: p.grad for n, p in single.named_parameters(remove_duplicate=False)}
     for name, p in pipe.named_parameters():
         expected = grads[name]
         assert (p.grad is None) == (expected is None), name
         if expected is not None and expected.norm() > 1e-7:
-            worst = max(worst, float((p.grad - expected).norm() / expected.norm()))
+            own = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            worst = max(worst, float((own - expected).norm() / expected.norm()))
     return worst

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ultraep_compile.backend import ultraep
 from ultraep_compile.errors import OptionError, PeerTimeoutError, PipelineError
 from ultraep_compile.executor import gradients
 from ultraep_compile.executor.channels import connect, new_group, open_channels
@@ -34,7 +35,9 @@ from ultraep_compile.executor.settings import Settings
 from ultraep_compile.executor.story import describe
 from ultraep_compile.executor.timeline import foretold, machine, rates_of, timeline_of, trace
 from ultraep_compile.executor.units import EncoderUnit, GeneratorUnit, StageUnit
+from ultraep_compile.multimodal.modules import StageModule
 from ultraep_compile.multimodal.parts import Microbatch, Parts, find_parts
+from ultraep_compile.preparation import prepare
 from ultraep_compile.schedules import Problem, Schedule, plan
 from ultraep_compile.schedules.simulate import Timeline
 
@@ -65,6 +68,8 @@ def pipeline(
     inputs: Mapping[str, Any] | None = None,
     *,
     pipeline_dim: str | None = None,
+    backend: Any = None,
+    options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Pipeline:
     """Run an unmodified multimodal model as a nested pipeline over the ranks of a mesh. Collective; every rank calls it.
@@ -84,6 +89,8 @@ def pipeline(
         microbatches: into how many the samples of a batch are divided.
         inputs: an example batch (keyword arguments of one forward, with labels and every modality); finds the parts.
         pipeline_dim: the mesh dimension of the stages, if not "pp".
+        backend, options: what to compile the layers of this rank's stages with, as of `torch.compile`. "ultraep" balances
+            their experts; shard those over another mesh dimension by `shard_experts` first.
         settings: see `Settings`.
     Raises: OptionError, PartsError, ScheduleError.
     """
@@ -91,11 +98,18 @@ def pipeline(
     dim = find_dim(mesh, pipeline_dim)
     ranks = mesh.size() if dim is None else mesh[dim].size()
     if isinstance(model, Parts):
-        return Pipeline(None, model, mesh, chosen, dim)
-    if inputs is None:
-        raise OptionError("pipeline() needs an example batch to find the parts of the model. Give inputs=batch.")
-    parts = find_parts(model, inputs, ranks * chosen.virtual)
-    return Pipeline(model, parts, mesh, chosen, dim)
+        made = Pipeline(None, model, mesh, chosen, dim)
+    else:
+        if inputs is None:
+            raise OptionError("pipeline() needs an example batch to find the parts of the model. Give inputs=batch.")
+        prepare(model, dict(inputs))
+        made = Pipeline(model, find_parts(model, inputs, ranks * chosen.virtual), mesh, chosen, dim)
+    if backend is not None:
+        for layer in made.layers():
+            layer.compile(backend=ultraep if backend == "ultraep" else backend, options=dict(options or {}))
+    elif options:
+        raise OptionError("options= are those of a backend, and none is given. Give backend='ultraep', too.")
+    return made
 
 
 class Pipeline:
@@ -168,6 +182,15 @@ class Pipeline:
             jobs += gradients.outer_reductions(trainable, self.mesh, self.dim)
         self._bound, self._reductions = bound, jobs
         return bound
+
+    def layers(self) -> list[nn.Module]:
+        """What of this rank's stages is worth compiling: the model's layers, or stages that are modules of their own."""
+        found: list[nn.Module] = []
+        for unit in self.units.stages.values():
+            stage = unit.module
+            whole = isinstance(stage, StageModule)
+            found += stage.anatomy.layers[stage.first : stage.last] if whole else [stage]
+        return found
 
     @property
     def outer_groups(self) -> list[dist.ProcessGroup]:
