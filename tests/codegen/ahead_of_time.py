@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, planner_kernels
+from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, guard_kernels, planner_kernels
 
 INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "quota_p", "ids_p"}
 NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "n"}
@@ -73,6 +73,21 @@ def grouped(capability: int) -> None:
     built(grouped_gemm_kernels.take_sum, {"part_p": "*fp32", "out_p": "*bf16", "C": "i32"}, small, BC=128)
 
 
+def guards(capability: int) -> None:
+    """Late checks, poison and the exchange of counts."""
+    kinds = {"values_p": "*i64", "note_p": "*i64", "rows_p": "*bf16", "control_p": "*i64", "boards_p": "*i64", "page_p": "*i64"}
+    for kernel, constants in (
+        (guard_kernels.first_bad, {"IDS": True, "BLOCK": 4096}),
+        (guard_kernels.poison, {"PAIRS": True, "ROWS": 16, "BLOCK": 256}),
+        (count_kernels.post, {"BLOCK": 1024}),
+        (count_kernels.read, {"BLOCK": 1024}),
+    ):
+        types = {n: kinds.get(n) or ("*i32" if n.endswith("_p") else "i32") for n in kernel.arg_names}
+        signature = {n: "constexpr" if n in constants else kind for n, kind in types.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
 def main(capability: int) -> None:
     """The planner for 64 ranks, 4 experts and 2 slots each; the counts of 8192 x 8 ids of 256 experts."""
     sizes = {"D": 64, "M": 4, "S": 2, "ALL_C": planner_kernels.CANDIDATES + planner_kernels.REFINED, "PDL": True}
@@ -89,6 +104,7 @@ def main(capability: int) -> None:
     compiled(count_kernels.count_part, capability, 4, EP=256, BLOCK=1024, PER=1, PDL=True)
     compiled(count_kernels.count_sum, capability, 4, P=64, BLOCK=32, PDL=True)
     grouped(capability)
+    guards(capability)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import torch
 
 from tests.codegen import grouped_cases
 from tests.codegen.planning_cases import check_plan, small_cases
-from ultraep_compile.codegen.count_kernels import expert_counts
+from ultraep_compile.codegen.count_kernels import expert_counts, post_counts, read_counts
+from ultraep_compile.codegen.guard_kernels import NOTHING, note_bad, refuse
+from ultraep_compile.symmetric import Region, control, open_virtual_pools
 
 
 def planner(*names: str) -> None:
@@ -37,6 +39,36 @@ def grouped() -> None:
             grouped_cases.check_weight_grad(name, dtype, "cpu")
     grouped_cases.check_independence(torch.bfloat16, "cpu", 40, 24)
     grouped_cases.check_row_sum(torch.float32, "cpu")
+
+
+def guards() -> None:
+    """Late checks of ids and scores, poison, and the exchange of counts with and without a failed wait."""
+    note = torch.full((2,), NOTHING)
+    scores = torch.randn(9000, 7)
+    note_bad(torch.tensor([[0, 2], [3, 1]]), scores, 4, note)
+    assert note.tolist() == [NOTHING, NOTHING]
+    scores[8123, 3], scores[700, 6], scores[700, 5] = torch.nan, torch.inf, -torch.inf
+    note_bad(torch.tensor([[0, 2], [5, -1]]), scores, 4, note)
+    assert note.tolist() == [2, 700 * 7 + 5]
+    pools = open_virtual_pools({"counts": Region((2, 2, 5), torch.int32), "page": Region((1,), torch.int64)}, 2, "cpu")
+    for turn in range(3):
+        counts = [torch.arange(5, dtype=torch.int32) + 10 * rank + 100 * turn for rank in range(2)]
+        for rank, pool in enumerate(pools):
+            post_counts(counts[rank], pool.addresses("counts"), pool.region("page"), rank, 2)
+        for pool in pools:
+            got = read_counts(pool.region("counts"), pool.region("page"), pool.region(control.CONTROL))
+            assert torch.equal(got, torch.stack(counts))
+    rows = torch.randn(40, 300)
+    kept = rows.clone()
+    physical = torch.zeros(20, 2, dtype=torch.int32)
+    refuse(rows, pools[0], physical)
+    assert torch.equal(rows, kept)
+    physical[9, 1] = -1
+    refuse(rows, pools[0], physical)
+    assert rows[19].isnan().all() and torch.equal(rows[:19], kept[:19]) and torch.equal(rows[20:], kept[20:])
+    pools[1].region(control.CONTROL)[control.FAILED] = 1
+    assert refuse(kept, pools[1]).isnan().all()
+    assert not read_counts(pools[1].region("counts"), pools[1].region("page"), pools[1].region(control.CONTROL)).any()
 
 
 if __name__ == "__main__":

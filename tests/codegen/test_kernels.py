@@ -35,6 +35,10 @@ def test_counts_in_the_interpreter() -> None:
     _run("interpreted", "counts", TRITON_INTERPRET="1")
 
 
+def test_guards_in_the_interpreter() -> None:
+    _run("interpreted", "guards", TRITON_INTERPRET="1")
+
+
 def test_grouped_products_in_the_interpreter() -> None:
     _run("interpreted", "grouped", TRITON_INTERPRET="1")
 
@@ -97,6 +101,25 @@ class TestOnDevice:
         for inner, outer in ((40, 24), (128, 264), (37, 21)):
             cases.check_independence(dtype, "cuda", inner, outer)
         cases.check_row_sum(dtype, "cuda")
+
+    def test_late_checks(self) -> None:
+        """A wrong id and an infinite score are raised by the next call, and name their place."""
+        from ultraep_compile.errors import RoutingError
+        from ultraep_compile.ops import late_checks
+
+        ids, scores = torch.randint(0, 8, (500, 2), device="cuda"), torch.randn(500, 8, device="cuda")
+        late_checks.check_later(ids, scores, 8, "layer")
+        late_checks.check_now()
+        ids[411, 1] = 8
+        late_checks.check_later(ids, scores, 8, "layer")
+        torch.cuda.synchronize()
+        with pytest.raises(RoutingError, match=r"layer: in an earlier call, pair 823 \(token 411, choice 1\)"):
+            late_checks.check_later(ids, scores, 8, "layer")
+        ids[411, 1], scores[3, 5] = 0, float("inf")
+        late_checks.check_later(ids, scores, 8, "layer")
+        torch.cuda.synchronize()
+        with pytest.raises(RoutingError, match="token 3, expert 5"):
+            late_checks.check_later(ids, scores, 8, "layer")
 
     def test_grouped_products_past_two_to_the_31(self) -> None:
         """Rows and weights whose last elements lie past 2^31."""

@@ -1,0 +1,103 @@
+"""What only the symmetric transport does: buffers that grow, rounds, missing ranks, the choice of a transport."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.multirank import fake_group, run_ranks
+from tests.ops.expert_case import balanced, make_inputs, make_site, oracle, relative
+from ultraep_compile.errors import PeerTimeoutError
+from ultraep_compile.ops import plane
+from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, choose_transport, transport_for
+
+DEADLINE_S = 3
+
+
+def _group(deadline_s: int = 60) -> str:
+    assert dist.group.WORLD is not None
+    name = dist.group.WORLD.group_name
+    choose_transport(name, "symmetric", deadline_s)
+    return name
+
+
+def _step(rank: int, ranks: int, tokens: int, layout: ExpertLayout, key: str, group: str, seed: int) -> float:
+    """Largest relative error of output and gradients of one step against fp64."""
+    hidden, params, ids = make_inputs(tokens * ranks, 2, layout.experts, torch.float32, 4.0, seed)
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    here = slice(rank * layout.masters, (rank + 1) * layout.masters)
+    leaves = [hidden[mine].clone().requires_grad_(), *(p[here].clone().requires_grad_() for p in params)]
+    y = balanced(leaves[0], leaves[1:], ids[mine], layout, key, "quota", group)
+    y.sum().backward()
+    exact = [t.double().requires_grad_() for t in (hidden, *params)]
+    z = oracle(exact[0], exact[1:], ids)
+    z.sum().backward()
+    pairs = [(y.detach(), z.detach()[mine.start * 2 : mine.stop * 2]), (leaves[0].grad, exact[0].grad[mine])]
+    pairs += [(ranks * a.grad, b.grad[here]) for a, b in zip(leaves[1:], exact[1:], strict=True)]
+    return max(relative(a, b) for a, b in pairs)
+
+
+def _batches(rank: int) -> tuple[float, list[int], int]:
+    group, layout = _group(), ExpertLayout(4, 2, 1)
+    key = make_site(layout, torch.float32, group, True)
+    worst, capacities = 0.0, []
+    for seed, tokens in enumerate((8, 200, 200, 3, 50)):
+        worst = max(worst, _step(rank, 2, tokens, layout, key, group, seed))
+        (only,) = plane._planes.values()
+        capacities.append(only.capacity)
+    plane.close_planes()
+    worst = max(worst, _step(rank, 2, 30, layout, key, group, 9))  # opens it again
+    return worst, capacities, plane.reserved_bytes()
+
+
+def test_batches_of_any_size_share_buffers_that_grow() -> None:
+    layout = ExpertLayout(4, 2, 1)
+    for worst, capacities, held in run_ranks(2, _batches):
+        assert worst < 1e-6
+        small, large = layout.capacity(8 * 2 * 2), layout.capacity(200 * 2 * 2)
+        assert capacities == [small, large, large, large, large] and held > 0
+
+
+def _missing(rank: int, how: str) -> None:
+    group, layout = _group(DEADLINE_S), ExpertLayout(6, 3, 1)
+    key = make_site(layout, torch.float32, group, True)
+    assert _step(rank, 3, 20, layout, key, group, 0) < 1e-6
+    if rank == 2:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        subprocess.Popen(["sh", "-c", f"sleep {DEADLINE_S + 5}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    start = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match=rf"layer case, microbatch 0: rank {rank} waited 3 s for rank 2 \(count"):
+        _step(rank, 3, 20, layout, key, group, 1)
+    assert time.monotonic() - start < DEADLINE_S + 4
+    with pytest.raises(PeerTimeoutError):  # and nothing runs on what is missing
+        _step(rank, 3, 20, layout, key, group, 1)
+
+
+def test_a_killed_rank_is_named_by_the_others() -> None:
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(3, _missing, "killed")
+    assert str(caught.value) == "rank 2:\ndied"
+
+
+def test_a_stopped_rank_is_named_by_the_others() -> None:
+    run_ranks(3, _missing, "stopped")
+
+
+def test_choice_of_the_transport() -> None:
+    with fake_group(2) as group:
+        name = group.group_name
+        assert isinstance(transport_for(2, name), CollectiveTransport)
+        choose_transport(name, "symmetric")
+        assert isinstance(transport_for(2, name), SymmetricTransport)
+        choose_transport(name, "collective")
+        assert not isinstance(transport_for(2, name), SymmetricTransport)
