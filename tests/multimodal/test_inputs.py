@@ -8,6 +8,7 @@ import torch
 from tests import zoo, zoo_wide
 from tests.multimodal.test_families import assert_same
 from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.calls import Calls
 from ultraep_compile.multimodal.cut import balanced
 from ultraep_compile.multimodal.division import _fill, even
 from ultraep_compile.multimodal.parts import find_parts
@@ -99,6 +100,14 @@ def test_ragged_sound():
     assert_same(parts, parts.microbatches(batch, 3))
 
 
+def test_shapes_without_content():
+    """Shapes of features by integers alone, where the model allows it: no encoder runs for a stage that needs none of it."""
+    for name, allowed in (("qwen2_5_vl", True), ("llava", True), ("idefics3", False)):
+        parts, batch = found(name)
+        calls = Calls(parts.anatomy)
+        assert calls(batch) == tuple(calls._watch(batch)) and calls.shapes_only == allowed
+
+
 def test_flags_and_positions():
     """What has no row per sample goes to every microbatch; rotary positions [3, samples, length] are divided at dim 1."""
     parts, batch = found("qwen2_5_vl")
@@ -174,3 +183,27 @@ def test_balanced_and_even():
         and _fill([1, 1], [3, 1]) is None
         and _fill([2, 1], [2, 1, 0]) == [1, 1, 0]
     )
+
+
+def test_dropout():
+    """A random model is looked at in evaluation mode, and trains as it was."""
+    model, batch = zoo_wide.build("whisper", samples=4, layers=4)
+    for m in model.modules():
+        if hasattr(m, "dropout") and isinstance(m.dropout, float):
+            m.dropout = 0.3
+    model.model.encoder.training = False
+    parts = find_parts(model, batch, 2)
+    assert model.training and model.model.decoder.layers[0].training and not model.model.encoder.training
+    assert [e.name for e in parts.encoders] == ["model.encoder"]
+
+
+def test_frozen():
+    """Parameters that are not trained leave no trace in a graph, and still belong to their parts."""
+    model, batch = zoo_wide.build("llava", samples=4, layers=4)
+    model.model.vision_tower.requires_grad_(False)
+    model.model.language_model.requires_grad_(False)
+    parts = find_parts(model, batch, 2)
+    assert parts.encoders[0].feeds == (0,)
+    assert "model.language_model.embed_tokens.weight" in dict(parts.stages[0].module.named_parameters())
+    assert not model.model.language_model.layers[0].mlp.up_proj.weight.requires_grad
+    assert_same(parts, parts.microbatches(batch, 2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import ultraep_compile

@@ -6,17 +6,21 @@ tensors of the right shape. They depend on the shapes of the inputs, on the inte
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy, Group
 from ultraep_compile.multimodal.skeleton import Action, Left, Shape, is_state, run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Calls:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
+        self.shapes_only = True
         self._known: dict[Any, tuple[PartCall, ...]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> tuple[PartCall, ...]:
@@ -39,8 +44,25 @@ class Calls:
         if key not in self._known:
             if len(self._known) > 4096:
                 self._known.clear()
-            self._known[key] = tuple(self._watch(inputs))
+            self._known[key] = tuple(self._without_content(inputs) or self._watch(inputs))
         return self._known[key]
+
+    def _without_content(self, inputs: Mapping[str, Any]) -> list[PartCall] | None:
+        """The calls by shapes alone, integers as they are; None if the model needs to see the content of a state."""
+        if not self.shapes_only:
+            return None
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # takes part only where one of its tensors does
+        fed = {k for g in self.anatomy.groups for k in g.keys}
+        fake = {k: mode.from_tensor(v) if k in fed and is_state(v) else v for k, v in inputs.items()}
+        try:
+            calls = self._watch(fake)
+        except Exception as reason:
+            log.info("shapes of %s need the content of its inputs: %s", type(self.anatomy.model).__name__, reason)
+            self.shapes_only = False
+            return None
+        known = not any(isinstance(leaf, FakeTensor) for call in calls for leaf in call.leaves)
+        self.shapes_only = known
+        return calls if known else None
 
     def _signature(self, inputs: Mapping[str, Any]) -> Any:
         keys = sorted({k for g in self.anatomy.groups for k in g.keys if inputs.get(k) is not None})

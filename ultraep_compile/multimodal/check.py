@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3
 def check_parts(parts: Parts, batch: Mapping[str, Any]) -> None:
     """Compare loss and gradients of the parts with those of the model on a batch, each sample a microbatch of its own.
 
-    Dropout differs between the two and fails the check: put the model in eval mode or set its probabilities to 0.
+    Dropout would differ between the two: `find_parts` runs this in evaluation mode if the model is random in training.
 
     Raises:
         PartsError: they differ; names the first parameter that does.
@@ -47,8 +47,8 @@ def check_parts(parts: Parts, batch: Mapping[str, Any]) -> None:
 def _differ(what: str, how: str) -> str:
     return (
         f"the stages do not compute what the model does: {what}, {how}. Some value goes around the cut between two stages (a cache "
-        "or states that several layers share, an auxiliary loss over all layers), or the forward is random: switch that off or set "
-        "dropout to 0."
+        "or states that several layers share, an auxiliary loss over all layers), or the forward draws random numbers even "
+        "in evaluation: switch that off, or make the numbers inputs of the model."
     )
 
 

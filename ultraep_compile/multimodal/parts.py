@@ -26,7 +26,7 @@ from ultraep_compile.multimodal.division import Division, even
 from ultraep_compile.multimodal.inputs import learn_inputs, learn_items
 from ultraep_compile.multimodal.loss_tokens import learn_loss_tokens
 from ultraep_compile.multimodal.modules import EncoderModule, GeneratorModule, PartModule, StageModule
-from ultraep_compile.multimodal.skeleton import loss_of, nothing_silent
+from ultraep_compile.multimodal.skeleton import loss_of, nothing_random, nothing_silent
 from ultraep_compile.preparation import untouched
 
 
@@ -144,7 +144,7 @@ def find_parts(
         PartsError: no multimodal part, more stages than layers, a loss that is no mean over tokens, or values that go
           around a cut, so that the parts do not compute what the model does.
     """
-    with nothing_silent(model):
+    with nothing_silent(model), nothing_random(model, batch):
         return _find_parts(model, batch, stages, costs, loss_tokens, check)
 
 

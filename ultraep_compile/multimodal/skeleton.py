@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultraep_compile.preparation import untouched
+
 Call = Callable[..., Any]
 Action = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
 """Given the module's own call and the arguments: what the call returns."""
@@ -147,6 +149,24 @@ class every_parameter_trainable:
     def __exit__(self, *_: Any) -> None:
         for p in self.frozen:
             p.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def nothing_random(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """In evaluation mode, if two forwards of the model differ as it is (dropout); modes are afterwards as they were."""
+    losses = []
+    for seed in (0, 1):
+        with untouched(model), torch.no_grad():
+            torch.manual_seed(seed)
+            losses.append(loss_of(model(**inputs)))
+    training = [m for m in model.modules() if m.training and not torch.equal(*losses)]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class nothing_silent:
