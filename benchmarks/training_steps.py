@@ -143,7 +143,7 @@ def run_mode(mode: str, arguments: argparse.Namespace, mesh: DeviceMesh, device:
     first = next(batches(arguments, rank, device))[:1]
     before = imbalance(model, first, ranks)
     options = {"redundant_experts": slots, "planner": planner, "inner": arguments.inner}
-    options["expect_moe_sites"] = arguments.layers
+    options |= {"transport": arguments.transport, "expect_moe_sites": arguments.layers}
     model.compile(backend=ultraep_compile.ultraep, options=options)
     torch._dynamo.config.optimize_ddp = False  # else the graph is cut at DDP's buckets, through MoE layers
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tilt", type=float, default=2.0, help="logits that the hot quarter of the experts gains")
     parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--transport", default="auto", help="auto takes symmetric memory where there is any")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--tolerance", type=float, default=2e-2)
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", default="large")
