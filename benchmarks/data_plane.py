@@ -38,6 +38,7 @@ from ultraep_compile.symmetric import open_virtual_pools
 BIG = (Part((4096, 3072), torch.bfloat16), Part((1536, 4096), torch.bfloat16))  # 37.7 MB
 SMALL = (Part((512, 683), torch.bfloat16), Part((1024, 173), torch.bfloat16))  # 1.05 MB
 REPEATS, CHAIN = 11, 3
+CEILINGS = {"of_copy": "copy", "of_kernel": "copy by an elementwise kernel"}
 
 
 def environment() -> dict[str, Any]:
@@ -248,8 +249,13 @@ def virtual_tables(quick: bool) -> list[dict[str, Any]]:
         rows += reduce_rows(tuple(Part(p.shape, torch.bfloat16) for p in BIG), 8, 4, 1e9, launch)
         rows += beside_product([8, 16, 32, 66, 132, 264])
     rows += copy_ceilings()  # again, after all else
-    ceiling = max(r["GB/s"] for r in rows if r["what"].startswith("copy"))
-    return [{**r, "of_copy": r["GB/s"] / ceiling} for r in rows]
+    return rows
+
+
+def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bandwidth as a share of the best copy by torch, and of the best elementwise kernel, of the same run."""
+    best = {name: max(r["GB/s"] for r in rows if r["what"] == what) for name, what in CEILINGS.items()}
+    return [{**r, **{name: r["GB/s"] / value for name, value in best.items()}} for r in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -266,6 +272,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "ms",
         "GB/s",
         "of_copy",
+        "of_kernel",
         "of_push",
         "of_pull",
     ]
@@ -288,9 +295,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for what in ("replicate stream", "reduce stream"):
         mine = [r for r in rows if r["what"] == what and r["fan_out"] == 3 and r["ranks"] == 8]
         axes.plot([r["programs"] for r in mine], [r["GB/s"] for r in mine], marker="o", label=f"{what}, 3 copies")
-    axes.axhline(
-        max(r["GB/s"] for r in rows if r["what"].startswith("copy")), color="grey", ls="--", label="torch copy"
-    )
+    for what, style in zip(CEILINGS.values(), ("--", ":"), strict=True):
+        axes.axhline(max(r["GB/s"] for r in rows if r["what"] == what), color="grey", ls=style, label=f"torch: {what}")
     axes.set(xscale="log", xlabel="programs", ylabel="GB/s read + written", ylim=(0, None))
     axes.legend()
     figure.tight_layout()
@@ -298,24 +304,30 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--from-json", type=Path, help="measure nothing: table and plot of a file written before")
+    parser.add_argument("--plot", type=Path, help="file for a picture of bandwidth against programs")
+    parser.add_argument("--quick", action="store_true", help="a few sizes only")
     arguments = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if arguments.from_json:
+        rows = json.loads(arguments.from_json.read_text())["rows"]
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from benchmarks.data_plane_ranks import rank_tables
 
         rows = rank_tables(BIG, SMALL)
     else:
         rows = virtual_tables(arguments.quick)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(table(rows))
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps({**environment(), "rows": rows}, indent=1))
-        if arguments.plot:
-            plot(rows, arguments.plot)
+    if int(os.environ.get("RANK", "0")):
+        return
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({**environment(), "rows": rows}, indent=1))
+    if all(any(r["what"] == what for r in rows) for what in CEILINGS.values()):
+        rows = with_shares(rows)
+    print(table(rows))
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def replicate_rows(
     pool = open_pool(bundle.replicate_regions(), dist.group.WORLD, "cuda", deadline_s=30)  # pyright: ignore
     masters, table = _weights(bundle, rank), plan.cuda()
     rows, hosted = [], hosted_pools(pool)
-    for mode in ("direct", "relay") if fan > 1 else ("direct",):
+    for mode in ("direct", "relay") if fan > 1 and plan.numel() <= 512 else ("direct",):
         for part in range(len(parts)):
             pool.region(bundle.region_of(part)).view(torch.uint8).fill_(0xFF)
         pool.barrier()

@@ -41,6 +41,7 @@ from ultraep_compile.symmetric import SymmetricPool, control
 
 Pools = SymmetricPool | Sequence[SymmetricPool]
 MODES = ("adaptive", "direct", "relay")
+MOST_DIRECT = 4  # up to so many ranks no expert has the 4 copies from which a tree can gain
 ELEMENT_NAMES = {1: "tl.int8", 2: "tl.int16", 4: "tl.int32"}
 
 
@@ -189,6 +190,8 @@ def replicate_to_slots(
     check_plan(bundle, slot_expert_RS)
     if bundle.slots == 0 or not any(p.nbytes for p in bundle.parts):
         return
+    if mode == "adaptive" and bundle.ranks <= MOST_DIRECT:
+        mode = "direct"
     handshake.await_all(hosted, f"{bundle.name}.free", "slots are free", site, lag=1)
     offsets = (first.offset(f"{bundle.name}.route"), first.offset(f"{bundle.name}.targets"))
     launch_routes(bundle, slot_expert_RS, first.bases, first.rank, len(hosted), offsets, mode)

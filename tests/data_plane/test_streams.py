@@ -37,6 +37,11 @@ def test_in_the_interpreter(case: str) -> None:
     _run("tests.data_plane.interpreted", *case.split(), TRITON_INTERPRET="1")
 
 
+@pytest.mark.parametrize("how", ["killed", pytest.param("stalled", marks=pytest.mark.slow)])
+def test_a_missing_process(how: str) -> None:
+    _run("tests.data_plane.faults", how, "cpu", "30", TRITON_INTERPRET="1")
+
+
 @pytest.mark.parametrize("capability", [90, 100])
 def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
     _run("tests.data_plane.ahead_of_time", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
