@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ultraep_compile.ops.grouped_gemm import expert_take, grouped_gemm
+from ultraep_compile.ops.grouped_gemm import expert_take, grouped_gemm, grouped_product_into
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ class RowProgram:
     signature: RowSignature
     forward_module: fx.GraphModule
     backward_module: fx.GraphModule
+    result: TensorSpec
+    """One row of the result."""
     kept: int
     """How many tensors, all with N leading rows, the forward keeps beside its inputs."""
     flops_per_row: int
@@ -110,6 +112,32 @@ class RowProgram:
     """Memory that one row holds between forward and backward."""
     fuse: bool = False
     """Let Inductor fuse what lies between the products, on a GPU."""
+    forward_head: fx.GraphModule | None = None
+    """The forward up to the arguments of its last product, where that product is the result: `(*arguments, *kept)`."""
+    backward_head: fx.GraphModule | None = None
+    """Likewise the backward up to the product that gives the gradient of `rows`: `(*arguments, *other gradients)`."""
+
+    def forward_into(self, inputs: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+        """`forward` with the result in `out`; returns what is kept."""
+        if self.forward_head is None:
+            y, kept = self.forward(inputs)
+            out.copy_(y)
+            return kept
+        x, masters, slots, offsets, *kept = self._pick(self.forward_head, inputs)(*inputs)
+        grouped_product_into(x, masters, slots, offsets, out)
+        return kept
+
+    def backward_into(
+        self, inputs: Sequence[Tensor], kept: Sequence[Tensor], grad_y: Tensor, out: Tensor
+    ) -> list[Tensor | None]:
+        """`backward` with the gradient of `rows` in `out`; returns the others."""
+        if self.backward_head is None:
+            grad_rows, *rest = self.backward(inputs, kept, grad_y)
+            out.zero_() if grad_rows is None else out.copy_(grad_rows)
+            return rest
+        x, masters, slots, offsets, *rest = self._pick(self.backward_head, inputs)(*inputs, *kept, grad_y)
+        grouped_product_into(x, masters, slots, offsets, out)
+        return rest
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         y, *kept = self._pick(self.forward_module, inputs)(*inputs)
@@ -190,7 +218,9 @@ def _trace(row_function: fx.GraphModule, sig: RowSignature, is_product: Callable
     flops = sum(2 * n.args[0].meta["val"].shape[1] * n.meta["val"].shape[1] for n in products)
     results = next(n for n in forward.graph.nodes if n.op == "output").args[0]
     out_bytes, *kept_bytes = [math.prod(n.meta["val"].shape[1:]) * n.meta["val"].dtype.itemsize for n in results]
-    return RowProgram(digest, sig, forward, backward, kept, flops, out_bytes, sum(kept_bytes))
+    heads = {"forward_head": _before_product(forward), "backward_head": _before_product(backward)}
+    result = TensorSpec(tuple(y.shape[1:]), y.dtype)
+    return RowProgram(digest, sig, forward, backward, result, kept, flops, out_bytes, sum(kept_bytes), **heads)
 
 
 def _marker_size(sig: RowSignature) -> int:
@@ -250,6 +280,15 @@ def _is_kept(node: fx.Node) -> bool:
     return (
         node.target is torch.ops.ultraep.grouped_gemm.default or torch.Tag.nondeterministic_seeded in node.target.tags
     )
+
+
+def _before_product(program: fx.GraphModule) -> fx.GraphModule | None:
+    """The program with its first output replaced by that output's arguments, if it is a grouped product."""
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    first, *rest = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    if not isinstance(first, fx.Node) or first.target is not torch.ops.ultraep.grouped_gemm.default or first in rest:
+        return None
+    return _extract(program, inputs, [*first.args, *rest])  # pyright: ignore
 
 
 def _split(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, int]:

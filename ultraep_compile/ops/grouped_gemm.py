@@ -79,6 +79,15 @@ def _grouped_product(x: Tensor, masters: Tensor, slots: Tensor, offsets: Tensor)
     return y
 
 
+def grouped_product_into(x: Tensor, masters: Tensor, slots: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """`grouped_gemm` with the result in a contiguous tensor [N, O] that is there already."""
+    kernels = _kernels(x)
+    if kernels is not None:
+        kernels.grouped_product(x, masters, slots, offsets, out=out)
+    else:
+        out.copy_(_grouped_product(x, masters, slots, offsets))
+
+
 @torch.library.custom_op("ultraep::grouped_gemm", mutates_args=())
 def grouped_gemm(x: Tensor, masters: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
     """y[offsets[g]:offsets[g+1]] = x[...] @ weight[g]; zero past the last offset.

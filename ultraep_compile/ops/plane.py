@@ -39,6 +39,7 @@ class Geometry:
     """0 where the row function does not use routing weights."""
     parts: tuple[Part, ...]
     """Tensors of an expert that this rank holds for its own experts only."""
+    choices: int
     deadline_s: int
 
 
@@ -62,6 +63,17 @@ class Plane:
     def rank(self) -> int:
         return self.pool.rank
 
+    @property
+    def sends_once(self) -> bool:
+        """A token goes once to each rank that computes several of its choices: worth it where that is common."""
+        return self.geometry.choices > 1 and self.geometry.layout.ranks <= 2 * self.geometry.choices
+
+    def references(self) -> Tensor | list[Tensor]:
+        """On every rank: which row of `rows` each of its rows repeats."""
+        if self.geometry.device.type == "cuda":
+            return self.pool.addresses("references")
+        return [self.pool.on_rank("references", rank) for rank in range(self.pool.ranks)]
+
     def _open(self) -> SymmetricPool:
         g, rows = self.geometry, self.rows
         widths = {
@@ -72,6 +84,7 @@ class Plane:
             "result_weights": g.weight_bytes,
         }
         regions = {name: Region((rows * width,), torch.uint8) for name, width in widths.items()}
+        regions["references"] = Region((rows if self.sends_once else 0,), torch.int32)
         if g.layout.slots and g.parts:
             regions |= self.bundle.replicate_regions() | self.grad_bundle.reduce_regions()
         self._size = sum(region.nbytes for region in regions.values())

@@ -60,15 +60,16 @@ class _Call:
         shares_RP: Tensor, params: list[Tensor], capacity: int | None = None,
     ) -> _Call:  # fmt: skip
         """`capacity`: that of the forward, in backward."""
-        plane = plane_for(_geometry(site, hidden, weight, params), physical_TK.numel())
+        plane = plane_for(_geometry(site, hidden, weight, params, physical_TK.shape[1]), physical_TK.numel())
         layout, pool = site.layout, plane.pool
         pool.check()
         capacity = plane.capacity if capacity is None else capacity
         logical = physical_to_logical(slot_expert_RS, layout.experts).to(torch.int32)
         ids = torch.where(physical_TK < 0, -1, logical[physical_TK.long().clamp(min=0)])
         routing = reroute_and_place(
-            ids, slot_expert_RS.contiguous(), shares_RP.contiguous(), layout, pool.rank, capacity, distinct=False
-        )
+            ids, slot_expert_RS.contiguous(), shares_RP.contiguous(), layout, pool.rank, capacity, distinct=False,
+            once_per_rank=plane.sends_once,
+        )  # fmt: skip
         return cls(site, plane, params, slot_expert_RS, shares_RP, routing, capacity, pool.site(site.name))
 
     def window(self, index: int) -> Window:
@@ -76,12 +77,12 @@ class _Call:
             return self.routing.window
         return window(self.shares_RP.contiguous(), self.site.layout, self.plane.rank, self.capacity, index)
 
-    def push(self, source: Tensor, name: str, trip: Window, *, gradient: bool = False) -> Tensor:
+    def push(self, source: Tensor, name: str, trip: Window, *, gradient: bool = False, once: bool = False) -> Tensor:
         """Rows to their experts; returns what arrives here, complete once all ranks have met."""
         source = source.contiguous()
         wire.push_rows(
             source, self.routing, self.plane.peers(name, source), self.plane.rows, self.site.layout, window=trip,
-            gradient=gradient,
+            gradient=gradient, references=self.plane.references() if once else None,
         )  # fmt: skip
         buffer = self.plane.buffer(name, source)
         wire.clear_rows(buffer, trip)
@@ -89,10 +90,6 @@ class _Call:
 
     def meet(self) -> None:
         self.plane.pool.barrier(self.token)
-
-    def offer(self, buffer: Tensor, name: str = "results") -> None:
-        """Rows for the peers to pull, once all ranks have met."""
-        self.plane.buffer(name, buffer).copy_(buffer)
 
     def pull(self, out: Tensor, trip: Window, name: str = "results") -> None:
         wire.pull_rows(
@@ -115,7 +112,7 @@ class _Call:
         masters, slots, travelling = [], [], []
         for param in self.params:
             whole = is_whole(self.site, param)
-            masters.append(param[here] if whole else param)
+            masters.append(param.detach()[here] if whole else param.detach())
             if whole:
                 slots.append(VirtualTransport(1).fill_slots(param, own_slots, layout))
             elif layout.slots:
@@ -154,11 +151,17 @@ class _Call:
         self, trip: Window, hidden: Tensor, weight: Tensor | None, masters: list[Tensor], slots: list[Tensor],
         consts: list[Tensor],
     ) -> list[Tensor]:  # fmt: skip
-        """Inputs of the row program."""
-        rows = [self.push(hidden, "rows", trip)]
+        """Inputs of the row program, complete once `arrive` is called."""
+        rows = [self.push(hidden, "rows", trip, once=self.plane.sends_once)]
         if weight is not None:
             rows.append(self.push(weight.reshape(-1, 1), "weights", trip))
         return [*rows, *masters, *slots, *consts, trip.offsets]
+
+    def arrive(self, inputs: list[Tensor], trip: Window) -> None:
+        """All ranks have pushed their rows."""
+        self.meet()
+        if self.plane.sends_once:
+            wire.spread_rows(inputs[0], self.plane.pool.region("references"), trip)
 
 
 def is_whole(site: ExpertSite, param: Tensor) -> bool:
@@ -166,7 +169,9 @@ def is_whole(site: ExpertSite, param: Tensor) -> bool:
     return param.shape[0] == site.layout.experts and site.layout.ranks > 1
 
 
-def _geometry(site: ExpertSite, hidden: Tensor, weight: Tensor | None, params: list[Tensor]) -> Geometry:
+def _geometry(
+    site: ExpertSite, hidden: Tensor, weight: Tensor | None, params: list[Tensor], choices: int
+) -> Geometry:
     row = hidden.shape[1:].numel() * hidden.element_size()
     return Geometry(
         group=site.group,
@@ -176,6 +181,7 @@ def _geometry(site: ExpertSite, hidden: Tensor, weight: Tensor | None, params: l
         result_bytes=max(row, site.program.out_bytes_per_row),
         weight_bytes=0 if weight is None else weight.element_size(),
         parts=tuple(Part(tuple(p.shape[1:]), p.dtype) for p in params if not is_whole(site, p)),
+        choices=choices,
         deadline_s=site.deadline_s,
     )
 
@@ -233,11 +239,11 @@ def _forward_round(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     trip = call.window(index)
     inputs = call.inputs(trip, hidden, weight, masters, slots, consts)
-    call.meet()
-    out, kept = call.site.program.forward(inputs)
+    call.arrive(inputs, trip)
+    program = call.site.program
     if y is None:
-        y = out.new_empty(call.routing.physical_TK.numel(), *out.shape[1:])
-    call.offer(out)
+        y = hidden.new_empty(call.routing.physical_TK.numel(), *program.result.shape, dtype=program.result.dtype)
+    kept = program.forward_into(inputs, call.plane.buffer("results", y))
     call.meet()
     call.pull(y, trip)
     return y, kept
@@ -288,20 +294,19 @@ def backward(
         trip = call.window(index)
         inputs = call.inputs(trip, hidden, weight, masters, slots, consts)
         grad_rows = call.push(grad_y, "grads", trip, gradient=True)
-        call.meet()
+        call.arrive(inputs, trip)
         if index == 0 and is_kept:
             held = [k[: call.plane.rows] for k in kept]
         else:
             held = site.program.forward(inputs)[1]
-        grads = site.program.backward(inputs, held, grad_rows)
-        call.offer(or_zero(grads[0], inputs[0]))
+        grads = site.program.backward_into(inputs, held, grad_rows, call.plane.buffer("results", pair_hidden))
         if pair_weight is not None:
-            call.offer(or_zero(grads[1], inputs[1]), "result_weights")
+            call.plane.buffer("result_weights", pair_weight).copy_(or_zero(grads[0], inputs[1]))
         call.meet()
         call.pull(pair_hidden, trip)
         if pair_weight is not None:
             call.pull(pair_weight, trip, "result_weights")
-        rest = accumulate(rest, grads[1 if weight is None else 2 :])
+        rest = accumulate(rest, grads[0 if weight is None else 1 :])
     count = len(params)
     grad_masters = [or_zero(g, like) for g, like in zip(rest[:count], masters, strict=True)]
     grad_slots = [or_zero(g, like) for g, like in zip(rest[count : 2 * count], slots, strict=True)]
