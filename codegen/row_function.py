@@ -90,6 +90,25 @@ class _Physical(fx.Interpreter):
 
 
 @dataclass(frozen=True, slots=True)
+class LastProduct:
+    """A program whose first output is a grouped product, taken apart so that the product can be written to a given place."""
+
+    before: fx.GraphModule
+    """The program with the rows that enter that product as its first output."""
+    weights: fx.GraphModule
+    """Masters and slots, as the product reads them, and offsets: views of inputs."""
+
+    @classmethod
+    def of(cls, program: fx.GraphModule) -> LastProduct | None:
+        inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+        first, *rest = next(n for n in program.graph.nodes if n.op == "output").args[0]
+        if not isinstance(first, fx.Node) or first.target is not torch.ops.ultraep.grouped_gemm.default or first in rest:
+            return None
+        x, *others = first.args
+        return cls(_extract(program, inputs, [x, *rest]), _extract(program, inputs, others))  # pyright: ignore
+
+
+@dataclass(frozen=True, slots=True)
 class RowProgram:
     """Explicit forward and backward of a row function.
 
@@ -112,31 +131,31 @@ class RowProgram:
     """Memory that one row holds between forward and backward."""
     fuse: bool = False
     """Let Inductor fuse what lies between the products, on a GPU."""
-    forward_head: fx.GraphModule | None = None
-    """The forward up to the arguments of its last product, where that product is the result: `(*arguments, *kept)`."""
-    backward_head: fx.GraphModule | None = None
-    """Likewise the backward up to the product that gives the gradient of `rows`: `(*arguments, *other gradients)`."""
+    forward_end: LastProduct | None = None
+    """How the forward ends, if with a product."""
+    backward_end: LastProduct | None = None
+    """Likewise how the backward makes the gradient of `rows`."""
 
     def forward_into(self, inputs: Sequence[Tensor], out: Tensor) -> list[Tensor]:
         """`forward` with the result in `out`; returns what is kept."""
-        if self.forward_head is None:
+        if self.forward_end is None:
             y, kept = self.forward(inputs)
             out.copy_(y)
             return kept
-        x, masters, slots, offsets, *kept = self._pick(self.forward_head, inputs)(*inputs)
-        grouped_product_into(x, masters, slots, offsets, out)
+        x, *kept = self._pick(self.forward_end.before, inputs)(*inputs)
+        grouped_product_into(x, *self.forward_end.weights(*inputs), out)
         return kept
 
     def backward_into(
         self, inputs: Sequence[Tensor], kept: Sequence[Tensor], grad_y: Tensor, out: Tensor
     ) -> list[Tensor | None]:
         """`backward` with the gradient of `rows` in `out`; returns the others."""
-        if self.backward_head is None:
+        if self.backward_end is None:
             grad_rows, *rest = self.backward(inputs, kept, grad_y)
             out.zero_() if grad_rows is None else out.copy_(grad_rows)
             return rest
-        x, masters, slots, offsets, *rest = self._pick(self.backward_head, inputs)(*inputs, *kept, grad_y)
-        grouped_product_into(x, masters, slots, offsets, out)
+        x, *rest = self._pick(self.backward_end.before, inputs)(*inputs, *kept, grad_y)
+        grouped_product_into(x, *self.backward_end.weights(*inputs, *kept, grad_y), out)
         return rest
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -218,9 +237,9 @@ def _trace(row_function: fx.GraphModule, sig: RowSignature, is_product: Callable
     flops = sum(2 * n.args[0].meta["val"].shape[1] * n.meta["val"].shape[1] for n in products)
     results = next(n for n in forward.graph.nodes if n.op == "output").args[0]
     out_bytes, *kept_bytes = [math.prod(n.meta["val"].shape[1:]) * n.meta["val"].dtype.itemsize for n in results]
-    heads = {"forward_head": _before_product(forward), "backward_head": _before_product(backward)}
+    ends = {"forward_end": LastProduct.of(forward), "backward_end": LastProduct.of(backward)}
     result = TensorSpec(tuple(y.shape[1:]), y.dtype)
-    return RowProgram(digest, sig, forward, backward, result, kept, flops, out_bytes, sum(kept_bytes), **heads)
+    return RowProgram(digest, sig, forward, backward, result, kept, flops, out_bytes, sum(kept_bytes), **ends)
 
 
 def _marker_size(sig: RowSignature) -> int:
@@ -280,15 +299,6 @@ def _is_kept(node: fx.Node) -> bool:
     return (
         node.target is torch.ops.ultraep.grouped_gemm.default or torch.Tag.nondeterministic_seeded in node.target.tags
     )
-
-
-def _before_product(program: fx.GraphModule) -> fx.GraphModule | None:
-    """The program with its first output replaced by that output's arguments, if it is a grouped product."""
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
-    first, *rest = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    if not isinstance(first, fx.Node) or first.target is not torch.ops.ultraep.grouped_gemm.default or first in rest:
-        return None
-    return _extract(program, inputs, [*first.args, *rest])  # pyright: ignore
 
 
 def _split(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, int]:
