@@ -47,7 +47,7 @@ def test_options_and_their_defaults() -> None:
         "planner": "quota",
         "inner": "inductor",
         "transport": "auto",
-        "deadline_s": 60,
+        "deadline_s": 300,
         "expect_moe_sites": None,
         "verify": 0,
         "trace": None,

@@ -45,8 +45,9 @@ class Options:
     memory that all ranks can address: GPUs of one host with peer access, processes that share a GPU, or, for tests,
     processes on one CPU through shared files), or `auto`: symmetric on GPUs that can, else collective."""
 
-    deadline_s: int = 60
-    """Seconds after which a wait for another rank over symmetric memory is a `PeerTimeoutError`."""
+    deadline_s: int = 300
+    """Seconds after which a wait for another rank over symmetric memory is a `PeerTimeoutError`. The first step compiles, and
+    not equally fast on all ranks."""
 
     expect_moe_sites: int | None = None
     """Raise unless exactly this many MoE layers are rewritten in the compiled graph; for continuous integration."""

@@ -64,12 +64,20 @@ def verdicts(facts: dict[str, Any]) -> list[str]:
             "backend=ultraep_compile.ultraep, or run: pip install -e ."
         )
     if facts["devices"]:
-        out.append(f"{len(facts['devices'])} CUDA device(s): grouped products use torch._grouped_mm in bf16.")
+        out.append(f"{len(facts['devices'])} CUDA device(s): grouped products and data plane are Triton kernels.")
     else:
         out.append("no CUDA device: everything runs on the CPU, with the same plans and the same results.")
         if not facts["cpu_bf16_products"]:
             out.append("this CPU has no bf16 products: experts in bf16 are multiplied in fp32 and rounded.")
     out.append("one process: virtual ranks (option ranks=R).")
+    reached = [i for i, peers in enumerate(facts["peer_access"]) if len(peers) == len(facts["devices"]) - 1]
+    if not facts["devices"]:
+        out.append("transport=auto is collective here; symmetric on request (shared files, for tests).")
+    elif facts["versions"]["triton"] and len(reached) == len(facts["devices"]):
+        out.append("transport=auto is symmetric between processes of this host: every GPU reaches every other's memory.")
+    else:
+        why = "not every GPU reaches every other's memory" if facts["versions"]["triton"] else "triton is missing"
+        out.append(f"transport=auto is collective where that fails: {why}.")
     available = [name for name, there in facts["distributed"].items() if there]
     out.append(
         f"several processes: collectives over {' or '.join(available) or 'nothing: torch.distributed is missing'}."

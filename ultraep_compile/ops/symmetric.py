@@ -264,7 +264,7 @@ def _most_rounds(call: _Call, physical_TK: Tensor) -> int:
     layout, pairs = call.site.layout, physical_TK.numel()
     if layout.capacity(pairs * layout.ranks) > call.capacity:
         raise OptionError(
-            f"{call.site.name}: a CUDA graph of {physical_TK.shape[0]} tokens is captured, but the buffers were made for "
+            f"{call.site.name}: A CUDA graph of {physical_TK.shape[0]} tokens is captured, but the buffers were made for "
             "smaller batches. Run a step of the captured size once before the capture."
         )
     return max(1, -(-pairs * layout.ranks // call.capacity))

@@ -154,7 +154,7 @@ Transport = VirtualTransport | CollectiveTransport
 
 
 TRANSPORTS = ("auto", "collective", "symmetric")
-DEADLINE_S = 60
+DEADLINE_S = 300
 _chosen: dict[str, tuple[str, int]] = {}
 
 
