@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import subprocess
@@ -10,11 +11,14 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import fx
 
 from tests.multirank import fake_group, run_ranks
-from tests.ops.expert_case import balanced, make_inputs, make_site, oracle, relative
+from tests.ops.expert_case import balanced, expert_mm, make_inputs, make_site, oracle, relative
+from ultraep_compile.codegen.row_function import RowSignature, TensorSpec, compile_row_function
 from ultraep_compile.errors import PeerTimeoutError
 from ultraep_compile.ops import plane
+from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, choose_transport, transport_for
 
@@ -35,12 +39,12 @@ def _step(rank: int, ranks: int, tokens: int, layout: ExpertLayout, key: str, gr
     here = slice(rank * layout.masters, (rank + 1) * layout.masters)
     leaves = [hidden[mine].clone().requires_grad_(), *(p[here].clone().requires_grad_() for p in params)]
     y = balanced(leaves[0], leaves[1:], ids[mine], layout, key, "quota", group)
-    y.sum().backward()
+    grads = torch.autograd.grad(y.sum(), leaves)
     exact = [t.double().requires_grad_() for t in (hidden, *params)]
     z = oracle(exact[0], exact[1:], ids)
-    z.sum().backward()
-    pairs = [(y.detach(), z.detach()[mine.start * 2 : mine.stop * 2]), (leaves[0].grad, exact[0].grad[mine])]
-    pairs += [(ranks * a.grad, b.grad[here]) for a, b in zip(leaves[1:], exact[1:], strict=True)]
+    right = torch.autograd.grad(z.sum(), exact)
+    pairs = [(y.detach(), z.detach()[mine.start * 2 : mine.stop * 2]), (grads[0], right[0][mine])]
+    pairs += [(ranks * a, b[here]) for a, b in zip(grads[1:], right[1:], strict=True)]
     return max(relative(a, b) for a, b in pairs)
 
 
@@ -63,6 +67,54 @@ def test_batches_of_any_size_share_buffers_that_grow() -> None:
         assert worst < 1e-6
         small, large = layout.capacity(8 * 2 * 2), layout.capacity(200 * 2 * 2)
         assert capacities == [small, large, large, large, large] and held > 0
+
+
+def _weighted_rows() -> fx.GraphModule:
+    """y = (rows * weight) @ w[expert] * scale: a routing weight before the product, a shared tensor after it."""
+    g = fx.Graph()
+    rows, eid, weight, w, scale = (g.placeholder(n) for n in ("rows", "expert_id", "weight", "w", "scale"))
+    x = g.call_function(operator.mul, (rows, weight))
+    g.output(g.call_function(operator.mul, (g.call_function(expert_mm, (x, w, eid)), scale)))
+    return fx.GraphModule(torch.nn.Module(), g)
+
+
+def _weighted(rank: int) -> float:
+    group, layout, tokens = _group(), ExpertLayout(4, 2, 1), 60
+    spec, dtype = TensorSpec, torch.float32
+    signature = RowSignature(2, 1, spec((8,), dtype), spec((1,), dtype), (spec((8, 12), dtype),), (spec((12,), dtype),))
+    program = compile_row_function(
+        _weighted_rows(), signature, is_product=lambda t: t is expert_mm, is_take=lambda t: False
+    )
+    register_site("weighted@1", ExpertSite("weighted", layout, group, True, program))
+    g = torch.Generator().manual_seed(4)
+    hidden, w = torch.randn(2 * tokens, 8, generator=g), torch.randn(4, 8, 12, generator=g)
+    weight, scale = torch.rand(2 * tokens, 2, generator=g), torch.randn(12, generator=g)
+    ids = (torch.randn(2 * tokens, 4, generator=g) + torch.tensor([3.0, 1, 0, 0])).topk(2)[1]
+    mine, here = slice(rank * tokens, (rank + 1) * tokens), slice(2 * rank, 2 * rank + 2)
+    worst, outputs = 0.0, []
+    for planner in ("quota", "none"):
+        leaves = [t.clone().requires_grad_() for t in (hidden[mine], weight[mine], w[here], scale)]
+        ops, own = torch.ops.ultraep, ids[mine]
+        counts = ops.expert_load(own, None, 4, 2, group, "weighted@1")
+        plan = ops.plan(counts, 1, planner, "weighted@1")
+        physical = ops.reroute(own, *plan, 4, group, "weighted@1")
+        y = ops.experts(*leaves[:2], physical, *plan, [leaves[2]], [leaves[3]], "weighted@1")[0]
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+        exact = [t.double().requires_grad_() for t in (hidden, weight, w, scale)]
+        z = torch.einsum("tkd,tkdo->tko", exact[0].unsqueeze(1) * exact[1].unsqueeze(2), exact[2][ids]) * exact[3]
+        right = torch.autograd.grad(z.square().sum(), exact)
+        shared = grads[3].clone()
+        dist.all_reduce(shared)
+        pairs = [(y, z[mine].flatten(0, 1)), (grads[0], right[0][mine]), (grads[1], right[1][mine])]
+        pairs += [(2 * grads[2], right[2][here]), (shared, right[3])]
+        worst = max([worst, *(relative(a.detach(), b.detach()) for a, b in pairs)])
+        outputs.append((y.detach(), grads[0], grads[1]))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    return worst
+
+
+def test_routing_weights_and_shared_tensors_travel_too() -> None:
+    assert max(run_ranks(2, _weighted)) < 2e-6
 
 
 def _missing(rank: int, how: str) -> None:

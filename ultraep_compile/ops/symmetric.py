@@ -75,7 +75,9 @@ class _Call:
     def window(self, index: int) -> Window:
         if index == 0:
             return self.routing.window
-        return window(self.shares_RP.contiguous(), self.site.layout, self.plane.rank, self.capacity, index)
+        shares = self.shares_RP.contiguous()
+        at = torch.full((1,), index, dtype=torch.int32, device=shares.device) if shares.is_cuda else index
+        return window(shares, self.site.layout, self.plane.rank, self.capacity, at)
 
     def push(self, source: Tensor, name: str, trip: Window, *, gradient: bool = False, once: bool = False) -> Tensor:
         """Rows to their experts; returns what arrives here, complete once all ranks have met."""
