@@ -28,6 +28,7 @@ from ultraep_compile.codegen import dispatch as wire
 from ultraep_compile.codegen.bundle import Part
 from ultraep_compile.codegen.reroute import Routing, Window, reroute_and_place, window
 from ultraep_compile.errors import OptionError
+from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
 from ultraep_compile.ops.layout import physical_to_logical
 from ultraep_compile.ops.plane import SUMMED, Geometry, Plane, plane_for
@@ -71,6 +72,11 @@ class _Call:
         )
         return cls(site, plane, params, slot_expert_RS, shares_RP, routing, capacity, pool.site(site.name))
 
+    @property
+    def rows(self) -> int:
+        """Rows of the buffers: as many as in the forward, also where they have grown since."""
+        return buffer_rows(self.capacity, self.site.layout, 1)
+
     def window(self, index: int) -> Window:
         if index == 0:
             return self.routing.window
@@ -80,10 +86,10 @@ class _Call:
         """Rows to their experts; returns what arrives here, complete once all ranks have met."""
         source = source.contiguous()
         wire.push_rows(
-            source, self.routing, self.plane.peers(name, source), self.plane.rows, self.site.layout, window=trip,
+            source, self.routing, self.plane.peers(name, self.rows, source), self.rows, self.site.layout, window=trip,
             gradient=gradient,
         )  # fmt: skip
-        buffer = self.plane.buffer(name, source)
+        buffer = self.plane.buffer(name, self.rows, source)
         wire.clear_rows(buffer, trip)
         return buffer
 
@@ -92,11 +98,11 @@ class _Call:
 
     def offer(self, buffer: Tensor, name: str = "results") -> None:
         """Rows for the peers to pull, once all ranks have met."""
-        self.plane.buffer(name, buffer).copy_(buffer)
+        self.plane.buffer(name, self.rows, buffer).copy_(buffer)
 
     def pull(self, out: Tensor, trip: Window, name: str = "results") -> None:
         wire.pull_rows(
-            out, self.routing, self.plane.peers(name, out), self.plane.rows, self.site.layout, window=trip
+            out, self.routing, self.plane.peers(name, self.rows, out), self.rows, self.site.layout, window=trip
         )
 
     def refuse(self, rows: Tensor, physical_TK: Tensor | None = None) -> Tensor:
@@ -215,7 +221,7 @@ def forward(
     masters, slots = call.weights()
     y, kept = _forward_round(call, 0, hidden, weight, masters, slots, consts, None)
     rounds = _most_rounds(call, physical_TK) if loads is None else max(1, -(-max(loads.read()) // call.capacity))
-    fits = call.plane.rows <= static_rows
+    fits = call.rows <= static_rows
     kept = [_resized(k, static_rows, fits) for k in kept]
     for index in range(1, rounds):
         _forward_round(call, index, hidden, weight, masters, slots, consts, y)
@@ -290,7 +296,7 @@ def backward(
         grad_rows = call.push(grad_y, "grads", trip, gradient=True)
         call.meet()
         if index == 0 and is_kept:
-            held = [k[: call.plane.rows] for k in kept]
+            held = [k[: call.rows] for k in kept]
         else:
             held = site.program.forward(inputs)[1]
         grads = site.program.backward(inputs, held, grad_rows)
