@@ -114,9 +114,8 @@ class TestOnDevice:
         check_dispatch(case, "cuda", 2056, torch.bfloat16, capacity=16, programs=3)
         check_dispatch(case, "cuda", 5, torch.float32, capacity=7)
         check_dispatch(case, "cuda", 1, torch.uint8)
-        for width in (130, 1024):
-            check_packed_trip(case, "cuda", width)
-            check_sum(case, "cuda", width, torch.bfloat16)
+        check_packed_trip(case, "cuda", 130)
+        check_sum(case, "cuda", 1024, torch.bfloat16)
 
     @pytest.mark.parametrize("ranks, masters, slots", [(64, 2, 2), (64, 4, 2), (40, 4, 1), (8, 32, 4), (128, 4, 2)])
     def test_reroute_of_many_tokens(self, ranks: int, masters: int, slots: int) -> None:
@@ -131,9 +130,9 @@ class TestOnDevice:
                 check_wire("cuda", rows, width, dtype, rows)
 
     def test_processes_exchange_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Three processes on one GPU, each late at random: 300 steps through the same buffers."""
+        """Three processes on one GPU, each late at random: 100 steps through the same buffers."""
         monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-        run_ranks(3, exchange_rows, "cuda", 300, 40)
+        run_ranks(3, exchange_rows, "cuda", 100, 40)
 
     def test_past_2_to_the_31_elements(self) -> None:
         """A buffer of 2^31 words and more, over 131080 tokens: the ends are right."""
