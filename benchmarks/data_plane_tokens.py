@@ -2,12 +2,14 @@
 
     python -m benchmarks.data_plane_tokens [--json RESULTS.json]            one GPU, virtual ranks
     torchrun --nproc-per-node 4 -m benchmarks.data_plane_tokens [...]       real ranks, NCCL beside
+    python -m benchmarks.data_plane_tokens --read RESULTS.json --plot F.png  bandwidth against programs, of a record
 
 On one GPU rank 0 of R virtual ranks sends and receives, and all buffers lie in the same memory: what one rank of R would
 move through its links moves through the device's memory. Bandwidth counts minimal traffic (every row read once and
 written once; a token's row is read once for all its choices), as a share of a plain copy's in the same run. Beside it
 stands what a collective needs: index_select, the exchange (here a copy), index_select, for dispatch and for combine.
-Under torchrun each rank sends to all over symmetric memory, and `all_to_all_single` of NCCL takes the exchange's place.
+Under torchrun each rank sends to all over symmetric memory and waits for all, and `all_to_all_single` of NCCL takes the
+exchange's place; `links` counts the bytes that leave a rank.
 Times of reroute are of 16 chained in one CUDA graph, so that launching the graph does not count.
 """
 
@@ -18,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +79,7 @@ def choose(experts: int, seed: int) -> Tensor:
 def planned(ranks: int, experts: int, slots: int) -> tuple[list[Tensor], Tensor, Tensor, ExpertLayout]:
     ids = [choose(experts, 1 + r) for r in range(ranks)]
     counts = torch.stack([torch.bincount(i.flatten(), minlength=experts) for i in ids]).int()
+    slots = slots if ranks > 1 else 0
     plan = make_plan(counts, slots)
     return ids, plan.slot_expert_RS.cuda(), plan.shares_RP.cuda(), ExpertLayout(experts, ranks, slots)
 
@@ -251,16 +255,21 @@ def moves(exchange: Exchange, group: dist.ProcessGroup | None) -> dict:
     record["device copy, GB/s"] = copy
     pairs, row = TOKENS * CHOICES, WIDTH * 2
     traffic = {"dispatch": (TOKENS + pairs) * row, "combine": 2 * pairs * row}
-    record |= {"minimal bytes": traffic, "by programs": {}}
+    sent = exchange.shares[exchange.rank].view(exchange.layout.ranks, -1).sum(1)
+    away = int(sent.sum() - sent[exchange.rank]) * row
+    record |= {"minimal bytes": traffic, "bytes to other ranks": away, "by programs": {}}
     calls = {"dispatch": exchange.push, "combine": exchange.pull}
     for programs in [*PROGRAMS, None]:
         line = {}
         for name, call in calls.items():
             time, spread = milliseconds(lambda call=call, programs=programs: call(programs))
             line[name] = {"ms": time, "spread": spread, "GB/s": traffic[name] / time / 1e6}
+            if group is not None:
+                line[name]["links, GB/s"] = away / time / 1e6
         record["by programs"][str(programs or "default")] = line
-        shares = {k: f"{v['GB/s']:.0f} GB/s, {v['GB/s'] / copy:.0%}" for k, v in line.items()}
-        print(f"{programs or 'default'} programs:", shares, f"of {copy:.0f}")
+        print(
+            f"{programs or 'default'} programs:", {k: {n: round(x, 3) for n, x in v.items()} for k, v in line.items()}
+        )
     both = record["by programs"]["default"]
     total = sum(v["ms"] for v in both.values())
     record["dispatch + combine"] = {"ms": total, "share of copy": sum(traffic.values()) / total / 1e6 / copy}
@@ -286,13 +295,10 @@ def moves(exchange: Exchange, group: dist.ProcessGroup | None) -> dict:
     name = "index_select, copy, index_select, there and back"
     if group is not None:
         name = "index_select, NCCL all_to_all_single, index_select, there and back"
-    try:
-        run = selections(exchange, exchanger(exchange, group))
-        record[name] = dict(zip(("ms", "spread"), milliseconds(run), strict=True))
-        record[name]["ratio"] = record[name]["ms"] / total
-        print(f"{name}: {record[name]['ms']:.3f} ms, {record[name]['ratio']:.2f} x dispatch + combine ({total:.3f} ms)")
-    finally:
-        torch.cuda.synchronize()
+    run = selections(exchange, exchanger(exchange, group))
+    record[name] = dict(zip(("ms", "spread"), milliseconds(run), strict=True))
+    record[name]["ratio"] = record[name]["ms"] / total
+    print(f"{name}: {record[name]['ms']:.3f} ms, {record[name]['ratio']:.2f} x dispatch + combine ({total:.3f} ms)")
     record["beside an 8192^3 product, ms"] = {
         f"{name}, {programs} programs": beside_a_product(lambda call=call, programs=programs: call(programs))
         for name, call in calls.items()
@@ -318,11 +324,32 @@ def exchanger(exchange: Exchange, group: dist.ProcessGroup | None) -> Callable[[
     return exchange_rows
 
 
+def plot(record: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = {int(n): line for n, line in record["by programs"].items() if n.isdigit()}
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in ("dispatch", "combine"):
+        axes.plot(list(lines), [line[name]["GB/s"] for line in lines.values()], marker="o", label=name)
+    axes.axhline(record["device copy, GB/s"], color="grey", linestyle="--", label="copy of the device")
+    axes.set(xscale="log", xlabel="programs", ylabel="GB/s, rows read and written once", title=record["device"])
+    axes.set_xticks(list(lines), [str(n) for n in lines])
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ranks", type=int, default=8, help="virtual ranks on one GPU")
+    parser.add_argument("--read", type=Path, help="a record to draw, instead of measuring")
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.read:
+        return plot(json.loads(args.read.read_text()), args.plot)
     group, rank, ranks = None, 0, args.ranks
     if "RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -333,15 +360,19 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "ranks": f"{ranks} virtual, rank 0 sends" if group is None else f"{ranks}, one a GPU",
-        "shape": {"tokens": TOKENS, "choices": CHOICES, "width": WIDTH, "dtype": "bf16", "experts": 64, "slots": 2},
+        "shape": {"tokens": TOKENS, "choices": CHOICES, "width": WIDTH, "dtype": "bf16", "experts": 64, "slots": 2 if ranks > 1 else 0},
         "method": f"median of {REPEATS} repetitions of 5 calls; reroute: of 16 chained in a CUDA graph, microseconds",
     }  # fmt: skip
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     print(record["device"], record["versions"], record["ranks"])
     if group is None:
         record["reroute, 64 ranks, us"] = reroute_times()
     record |= moves(Exchange(ranks, rank, group), group)
     if args.json and rank == 0:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.plot and rank == 0:
+        plot(record, args.plot)
     if group is not None:
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = {
     "five_lines.py": [],
     "decorator.py": [],
+    "train_multimodal_torchrun.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     "train_torchrun.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
 }
 

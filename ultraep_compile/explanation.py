@@ -15,7 +15,8 @@ from ultraep_compile.config import Options
 from ultraep_compile.errors import SiteCountError
 from ultraep_compile.formulas import LayerCost, layer_cost
 from ultraep_compile.ladder.climb import Finding
-from ultraep_compile.multimodal.roles import find_roles, no_roles
+from ultraep_compile.multimodal.describe import describe
+from ultraep_compile.multimodal.roles import no_roles, watch_roles
 from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.passes.lift import Miss, Site
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
@@ -64,6 +65,8 @@ class Explanation:
     """Generated row programs by site: source of forward and backward."""
     roles: dict[str, list[str]] = field(default_factory=no_roles)
     """Multimodal parts of the model, by structure: `encoders`, `projectors`, `llm`, `generators`."""
+    parts: list[str] = field(default_factory=list)
+    """The same in words: what feeds each encoder, where its features enter, which generators training does not call."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,7 +81,8 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.moe_sites:
-            return f"No MoE layer found in {self.graphs} graph(s): the model compiles as with the inner backend alone."
+            none = f"No MoE layer found in {self.graphs} graph(s): the model compiles as with the inner backend alone."
+            return "\n".join([none, *self.parts])
         lines = [f"{self.rewritten()} of {len(self.moe_sites)} MoE layers are rewritten, in {self.graphs} graph(s)."]
         for s in self.moe_sites:
             sizes = f"{s.experts} experts, top-{s.top_k}, {s.gating}" if s.experts else "unknown sizes"
@@ -91,6 +95,7 @@ class Explanation:
         lines.append(
             f"\nExpert parameters inside rewritten graphs: {self.rewritten_parameters:,} of {self.expert_parameters:,}."
         )
+        lines += self.parts
         lines += [f"Graph break: {reason}" for reason in self.graph_breaks]
         lines.append("T tokens, R ranks, S redundant experts per rank.")
         return "\n".join(lines)
@@ -133,8 +138,9 @@ def explain(
     breaks = torch._dynamo.utils.counters["graph_break"]
     reasons = [_first_lines(r) for r, n in breaks.items() if n > breaks_before.get(r, 0)]
     torch._dynamo.reset()
-    roles = find_roles(model, [f.path for f in findings if f.path], *args, **kwargs)
-    found = _explanation(model, findings, rewrites, runs, reasons, roles)
+    roles = watch_roles(model, [f.path for f in findings if f.path], *args, **kwargs)
+    found = _explanation(model, findings, rewrites, runs, reasons, roles.names())
+    found = dataclasses.replace(found, parts=describe(model, roles, kwargs))
     if expect_moe_sites is not None and found.rewritten() != expect_moe_sites:
         raise SiteCountError(
             f"expected {expect_moe_sites} MoE layers, {found.rewritten()} are rewritten.\n{found}\nMend the model by the reasons "

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m tests.codegen.interpreted_tokens reroute padding
 
 from __future__ import annotations
 
+import random
 import sys
 
 import torch
@@ -60,27 +61,27 @@ def wire() -> None:
         check_sum(small_token_cases()[name], "cpu", 37, torch.float32)
 
 
-RANKS = 2
-
-
-def _exchange(rank: int) -> None:
+def exchange_rows(rank: int, device: str, steps: int, largest: int = 11) -> None:
     """Several layers' rows through the same buffers: nobody reads a row too early or overwrites one too late."""
-    width, rows = 6, 160
+    width, rows = 6, 10 * largest + 100
+    delay = random.Random(rank)
     regions = {
         "rows": Region((rows, width), torch.float32),
         "references": Region((rows,), torch.int32),
-        "arrived": counters(RANKS),
+        "arrived": counters(dist.get_world_size()),
         "results": Region((rows, width), torch.float32),
-        "complete": counters(RANKS),
+        "complete": counters(dist.get_world_size()),
     }
-    pool = open_pool(regions, dist.group.WORLD, "cpu", deadline_s=200)
-    for seed in range(3):
-        case = TokenCase.draw(RANKS, 2, 1, [5, 11], 2, 2.0, seed)
-        routings = [rerouted(case, r, "cpu", once_per_rank=True) for r in range(RANKS)]
+    pool = open_pool(regions, dist.group.WORLD, device, deadline_s=200)
+    for seed in range(steps):
+        case = TokenCase.draw(pool.ranks, 2, 1, [largest // 2, largest], 2, 2.0, seed)
+        routings = [rerouted(case, r, device, once_per_rank=True) for r in range(pool.ranks)]
         sources = [random_rows(len(i), width, torch.float32, 10 * seed + r) for r, i in enumerate(case.ids_RTK)]
         once = seed % 2 == 1
+        if device == "cuda" and delay.random() < 0.3:
+            torch.cuda._sleep(delay.randrange(2_000_000))
         push_rows(
-            sources[rank], routings[rank], pool.addresses("rows"), rows, case.layout,
+            sources[rank].to(device), routings[rank], pool.addresses("rows"), rows, case.layout,
             references=pool.addresses("references") if once else None,
         )  # fmt: skip
         arrive(pool, "arrived")
@@ -90,18 +91,31 @@ def _exchange(rank: int) -> None:
         trips = expected_rounds(case, routings, EVERYTHING, 0, rows)
         used = int(routings[rank].window.offsets[-1])
         expected = expected_buffers(trips, sources, 2, rows, False)[rank]
-        assert torch.equal(pool.region("rows")[:used], expected[:used])
+        assert torch.equal(pool.region("rows")[:used].cpu(), expected[:used])
         pool.region("results")[:used] = 2 * pool.region("rows")[:used]
         arrive(pool, "complete")
         await_all(pool, "complete", "rows to combine have arrived")
-        out = poison((2 * len(sources[rank]), width), torch.float32, "cpu")
+        out = poison((2 * len(sources[rank]), width), torch.float32, device)
         pull_rows(out, routings[rank], pool.addresses("results"), rows, case.layout)
-        assert torch.equal(out, 2 * sources[rank].repeat_interleave(2, 0))
+        assert torch.equal(out.cpu(), 2 * sources[rank].repeat_interleave(2, 0))
         pool.check()
 
 
+def on_device() -> None:
+    """Small shapes on a GPU, for compute-sanitizer (without TRITON_INTERPRET)."""
+    for name in ("padding", "many copies", "repeated choices"):
+        case = small_token_cases()[name]
+        check_reroute(case, "cuda", [0], capacity=11)
+        check_dispatch(case, "cuda", 9, torch.bfloat16)
+        check_dispatch(case, "cuda", 264, torch.bfloat16, capacity=16, programs=3)
+        check_packed_trip(case, "cuda", 130)
+        check_sum(case, "cuda", 130, torch.bfloat16)
+    check_wire("cuda", 5, 300, torch.float32, 0)
+    torch.cuda.synchronize()
+
+
 def processes() -> None:
-    run_ranks(RANKS, _exchange)
+    run_ranks(2, exchange_rows, "cpu", 3)
 
 
 if __name__ == "__main__":

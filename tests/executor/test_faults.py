@@ -71,14 +71,14 @@ def test_a_lost_rank_is_named(number: int, tmp_path: Path) -> None:
         p.start()
     try:
         for rank in (0, 2):
-            processes[rank].join(timeout=90)
+            processes[rank].join(timeout=240)
             assert processes[rank].exitcode == 0, "a survivor hangs or died"
     finally:
         for p in processes:
             p.kill()
     for rank in (0, 2):
         seconds, text = (tmp_path / f"result.{rank}").read_text().split("\n", 1)
-        assert float(seconds) < DEADLINE + 15  # a loaded machine
+        assert float(seconds) < DEADLINE + 30  # a loaded machine
         assert f"Rank {rank} (global {rank})" in text
         assert "peer rank" in text and "microbatch" in text and "channel" in text
     told = [(tmp_path / f"result.{rank}").read_text() for rank in (0, 2)]

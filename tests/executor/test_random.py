@@ -23,7 +23,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _batches(rank: int, ranks: int, count: int) -> tuple[int, float]:
+def _batches(rank: int, ranks: int, count: int, ordered: bool) -> tuple[int, float]:
     """(different plans, largest relative difference of the losses and of gradients added up over each kind's batches)."""
     mesh = init_device_mesh("cpu", (ranks,))
     draw = random.Random(1)
@@ -37,6 +37,8 @@ def _batches(rank: int, ranks: int, count: int) -> tuple[int, float]:
         model = toys.parts(ranks * settings.virtual, kind.get("feeds", (0,)), **flags, seed=k)
         single = toys.copied(model)
         pipe = Pipeline(None, model, mesh, settings)
+        for channel in pipe.channels.values():
+            channel.ordered = ordered  # as NCCL needs it
         for _ in range(count // len(KINDS)):
             images = draw.choice([0.0, 0.3, 0.8, 1.0])
             batch = toys.microbatches(settings.microbatches, draw.randrange(10**6), images=images, **flags)
@@ -52,10 +54,18 @@ def _batches(rank: int, ranks: int, count: int) -> tuple[int, float]:
     return plans, worst
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("ranks", "count"),
-    [(2, 20), pytest.param(2, 200, marks=pytest.mark.slow), pytest.param(4, 200, marks=pytest.mark.slow)],
+    ("ranks", "count", "ordered"),
+    [
+        (2, 20, True),
+        pytest.param(2, 200, False, marks=SLOW),
+        pytest.param(4, 200, False, marks=SLOW),
+        pytest.param(4, 200, True, marks=SLOW),
+    ],
 )
-def test_random_batches(ranks: int, count: int) -> None:
-    for plans, worst in run_ranks(ranks, _batches, ranks, count):
+def test_random_batches(ranks: int, count: int, ordered: bool) -> None:
+    for plans, worst in run_ranks(ranks, _batches, ranks, count, ordered):
         assert plans > len(KINDS) and worst < 2e-5

@@ -1,4 +1,4 @@
-"""More multimodal families of transformers, tiny, with four layers: those that development did not look at."""
+"""More multimodal families of transformers, tiny, with four layers."""
 
 from __future__ import annotations
 

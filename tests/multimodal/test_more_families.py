@@ -1,4 +1,4 @@
-"""Families that development did not look at: roles, and parts chained in one process against the model."""
+"""More families: roles, and parts chained in one process against the model."""
 
 from __future__ import annotations
 

@@ -117,6 +117,30 @@ def test_routing_weights_and_shared_tensors_travel_too() -> None:
     assert max(run_ranks(2, _weighted)) < 2e-6
 
 
+def _grown_before_backward(rank: int) -> float:
+    """Two forwards, the second of a larger batch, then both backwards, as accumulation and pipelines run them."""
+    group, layout = _group(), ExpertLayout(8, 2, 2)
+    key, worst, runs = make_site(layout, torch.float32, group, True), 0.0, []
+    here = slice(rank * layout.masters, (rank + 1) * layout.masters)
+    for tokens in (9, 150):
+        hidden, params, ids = make_inputs(2 * tokens, 2, 8, torch.float32, 3.0, tokens)
+        mine = slice(rank * tokens, (rank + 1) * tokens)
+        leaves = [hidden[mine].clone().requires_grad_(), *(p[here].clone().requires_grad_() for p in params)]
+        y = balanced(leaves[0], leaves[1:], ids[mine], layout, key, "quota", group)
+        exact = [t.double().requires_grad_() for t in (hidden, *params)]
+        runs.append((y, leaves, oracle(exact[0], exact[1:], ids), exact, mine))
+    for y, leaves, z, exact, mine in runs:
+        grads, right = torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(z.sum(), exact)
+        pairs = [(y.detach(), z.detach()[mine.start * 2 : mine.stop * 2]), (grads[0], right[0][mine])]
+        pairs += [(2 * a, b[here]) for a, b in zip(grads[1:], right[1:], strict=True)]
+        worst = max(worst, *(relative(a, b) for a, b in pairs))
+    return worst
+
+
+def test_buffers_that_grow_between_forward_and_backward() -> None:
+    assert max(run_ranks(2, _grown_before_backward)) < 1e-6
+
+
 def _missing(rank: int, how: str) -> None:
     group, layout = _group(DEADLINE_S), ExpertLayout(6, 3, 1)
     key = make_site(layout, torch.float32, group, True)

@@ -7,9 +7,11 @@ peer that is gone shows on the host, where a wait can end."""
 from __future__ import annotations
 
 import datetime
+import json
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,31 +37,50 @@ class _Posted:
     work: dist.Work
 
 
+@dataclass(slots=True)
+class _Started:
+    """A transfer under way, and the tensor that must live until it ends."""
+
+    work: dist.Work
+    tensor: Tensor
+    on_host: bool  # gloo; else NCCL
+
+    def finish(self, deadline: float) -> None:
+        """Wait on the host. NCCL's own wait would only order streams, so its state is looked at."""
+        if self.on_host:
+            _wait(self.work, deadline)
+            return
+        until = time.monotonic() + deadline
+        while not self.work.is_completed():
+            if time.monotonic() > until:
+                raise RuntimeError(f"not finished after {deadline:g} s")
+            time.sleep(0.0005)
+
+
 class _Outbox:
     """Sends under way. A thread waits for them in turn and lets go of their tensors: gloo tells nobody that a send has
     ended, and a whole step's features must not stay in memory until its end."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.left: queue.Queue[tuple[Message, list[tuple[dist.Work, Tensor]]]] = queue.Queue()
+        self.left: queue.Queue[tuple[Message, _Started]] = queue.Queue()
         self.failed: Exception | None = None
         self.thread: threading.Thread | None = None
 
-    def add(self, message: Message, work: list[tuple[dist.Work, Tensor]]) -> None:
-        self.left.put((message, work))
+    def add(self, message: Message, started: _Started) -> None:
+        self.left.put((message, started))
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, daemon=True, name=f"ultraep send {self.channel.name}")
             self.thread.start()
 
     def _run(self) -> None:
         while True:
-            message, work = self.left.get()
+            message, started = self.left.get()
             try:
-                for started, _ in work:
-                    self.channel.finish(started)
+                started.finish(self.channel.deadline)
             except RuntimeError as error:
                 self.failed = self.failed or self.channel.failure(message, message.target, error)
-            started, work = None, []
+            del started
             self.left.task_done()
 
     def drain(self) -> None:
@@ -71,7 +92,10 @@ class _Outbox:
 
 @dataclass(slots=True)
 class Channel:
-    """One channel of one pipeline."""
+    """One channel of one pipeline.
+
+    `ordered`: payloads start in the order in which the plan has them, sends behind earlier receives. NCCL runs what it is
+    given on one stream, so a send before an earlier receive could wait for ever; gloo needs no order between the two."""
 
     name: str
     headers: dist.ProcessGroup
@@ -79,7 +103,12 @@ class Channel:
     ranks: list[int]  # global rank of each pipeline rank
     device: torch.device
     deadline: float  # seconds that a peer may take
+    ordered: bool = False
     posted: dict[Message, _Posted] = field(default_factory=dict)
+    line: deque[tuple[Message, Tensor | None]] = field(
+        default_factory=deque
+    )  # of payloads, if ordered; None: a receive
+    arriving: list[tuple[Message, _Started]] = field(default_factory=list)  # on the device, in this step
     outbox: _Outbox = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +123,8 @@ class Channel:
             raise self.failure(message, message.source, error) from error
         assert work is not None
         self.posted[message] = _Posted(message, buffer, work)
+        if self.ordered:
+            self.line.append((message, None))
 
     def take(self, message: Message, step: int, waiting: Op) -> Any:
         """Wait for a posted message and return its value. `waiting`: the operation that needs it."""
@@ -105,16 +136,29 @@ class Channel:
             if fields is None:
                 rest = torch.empty(more, dtype=torch.uint8)
                 _wait(dist.irecv(rest, source, group=self.headers, tag=_MORE), self.deadline)
-                fields = wire.json.loads(bytes(rest.numpy()))
+                fields = json.loads(bytes(rest.numpy()))
             self._check(message, step, fields)
             entries = wire.shapes(fields["value"])
-            size = wire.buffer_size(entries)
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-            if size:
-                self._order(dist.irecv(buffer, source, group=self.payloads, tag=_PAYLOAD))
+            buffer = torch.empty(wire.buffer_size(entries), dtype=torch.uint8, device=self.device)
+            self._receive(message, buffer)
         except RuntimeError as error:
             raise self.failure(message, message.source, error, waiting) from error
         return wire.unpack(fields["value"], wire.from_bytes(buffer, entries))
+
+    def _receive(self, message: Message, buffer: Tensor) -> None:
+        """Get a payload: on the host it is there on return; on a GPU, what is launched from now on comes after it."""
+        if buffer.numel():
+            work = dist.irecv(buffer, self.ranks[message.source], group=self.payloads, tag=_PAYLOAD)
+            if self.device.type == "cuda":
+                assert work is not None
+                work.wait()
+                self.arriving.append((message, _Started(work, buffer[:0], False)))
+            else:
+                _wait(work, self.deadline)
+        if self.ordered:
+            first = self.line.popleft()
+            assert first == (message, None), "receives are taken in the order in which they were posted"
+            self._advance()
 
     def send(self, message: Message, value: Any, step: int) -> None:
         """Begin to send; returns at once."""
@@ -124,46 +168,41 @@ class Channel:
             raise PipelineError(f"{message.producer} on rank {message.source}: {error}.") from error
         fields = {"step": step, "message": identity(message), "value": description}
         head, rest = wire.encode(fields, HEADER_BYTES)
-        target = self.ranks[message.target]
-        parts = [(head, self.headers, _HEADER)]
+        self._start(message, head, self.headers, _HEADER)
         if rest is not None:
-            parts.append((rest, self.headers, _MORE))
-        payload = wire.to_bytes(tensors)
-        if payload.numel():
-            parts.append((payload, self.payloads, _PAYLOAD))
-        work = []
+            self._start(message, rest, self.headers, _MORE)
+        payload = wire.to_bytes([t.to(self.device) for t in tensors])
+        if not payload.numel():
+            return
+        if self.ordered:
+            self.line.append((message, payload))
+            self._advance()
+        else:
+            self._start(message, payload, self.payloads, _PAYLOAD)
+
+    def _advance(self) -> None:
+        """Start the payloads that are sent before the next receive."""
+        while self.line and (payload := self.line[0][1]) is not None:
+            self._start(self.line.popleft()[0], payload, self.payloads, _PAYLOAD)
+
+    def _start(self, message: Message, tensor: Tensor, group: dist.ProcessGroup, tag: int) -> None:
         try:
-            for tensor, group, tag in parts:
-                started = dist.isend(tensor, target, group=group, tag=tag)
-                assert started is not None
-                work.append((started, tensor))
+            work = dist.isend(tensor, self.ranks[message.target], group=group, tag=tag)
         except RuntimeError as error:
             raise self.failure(message, message.target, error) from error
-        self.outbox.add(message, work)
+        assert work is not None
+        self.outbox.add(message, _Started(work, tensor, tensor.device.type == "cpu"))
 
     def drain(self) -> None:
-        """Wait until every send has ended."""
+        """Wait until every send has ended, and on a GPU every receive."""
+        assert not self.line, "every message of the plan was started"
         self.outbox.drain()
-
-    def finish(self, work: dist.Work) -> None:
-        """Wait for a send on the host. NCCL's own wait would only order streams, so its state is looked at."""
-        if self.device.type != "cuda":
-            _wait(work, self.deadline)
-            return
-        until = time.monotonic() + self.deadline
-        while not work.is_completed():
-            if time.monotonic() > until:
-                raise RuntimeError(f"not finished after {self.deadline:g} s")
-            time.sleep(0.0005)
-
-    def _order(self, work: dist.Work | None) -> None:
-        """What is launched from now on comes after a payload's arrival. NCCL orders streams and does not hold up the
-        host: whether the payload ever came shows at the end of the step."""
-        assert work is not None
-        if self.device.type == "cuda":
-            work.wait()
-        else:
-            _wait(work, self.deadline)
+        for message, started in self.arriving:
+            try:
+                started.finish(self.deadline)
+            except RuntimeError as error:
+                raise self.failure(message, message.source, error) from error
+        self.arriving.clear()
 
     def _check(self, message: Message, step: int, fields: dict[str, Any]) -> None:
         expected = {"step": step, "message": identity(message)}
@@ -202,12 +241,14 @@ def open_channels(
 ) -> dict[str, Channel]:
     """One channel per name between the ranks of a pipeline's group. Collective over that group."""
     ranks = dist.get_process_group_ranks(group)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     channels = {}
     for name in names:
         headers = new_group(ranks, "gloo", deadline)
-        payloads = new_group(ranks, backend, deadline) if backend != "gloo" else headers
-        channels[name] = Channel(name, headers, payloads, ranks, device, deadline)
+        if device.type == "cuda":  # its own watchdog ends the process without a word; ours speaks first
+            payloads = new_group(ranks, "nccl", 2 * deadline + 60)
+        else:
+            payloads = headers
+        channels[name] = Channel(name, headers, payloads, ranks, device, deadline, device.type == "cuda")
     return channels
 
 

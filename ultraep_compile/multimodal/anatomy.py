@@ -101,13 +101,13 @@ class Anatomy:
         return [m for m in self.model.modules() if m not in inside]
 
 
-def study(model: nn.Module, batch: Mapping[str, Any]) -> Anatomy:
+def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None) -> Anatomy:
     """Run a model once on a batch, with gradients but without a backward.
 
     Raises:
         PartsError: no encoder, or no language model with a list of layers, was found.
     """
-    roles = watch_roles(model, [], **batch)  # lists of experts lie inside layers
+    roles = roles or watch_roles(model, [], **batch)  # lists of experts lie inside layers
     if not roles.encoders or not roles.layers:
         raise PartsError(
             f"{type(model).__name__} has no multimodal part: no encoder feeds its language model in a forward with "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy
@@ -56,32 +56,52 @@ def trace_reads(
     Sets the `reads` of all parts. Returns: encoder -> stages that read its features; parameters that no part reads.
     """
     model = anatomy.model
-    names = {id(p): n for n, p in model.named_parameters()}
-    feeds: dict[str, list[int]] = {e.group.name: [] for e in encoders}
     with torch.enable_grad(), every_parameter_trainable(model):
-        features: dict[str, tuple[Tensor, ...]] = {}
-        for encoder in encoders:
-            made = encoder(**batch)
-            inside = [n for p in encoder.group.paths for n, _ in model.get_submodule(p).named_parameters(p)]
-            encoder.reads = _ordered(model, {names.get(id(v), "") for v in variables_behind(made)} | set(inside))
-            features[encoder.group.name] = tuple(f.detach().requires_grad_() for f in made)
-        hidden: tuple[Tensor, ...] = ()
-        for index, stage in enumerate(stages):
-            made = stage(hidden, batch, features)
-            behind = {id(v) for v in variables_behind(made)}
-            for name, group in features.items():
-                if any(id(f) in behind for f in group):
-                    feeds[name].append(index)
-            own = {id(p) for layer in anatomy.layers[stage.first : stage.last] for p in layer.parameters()}
-            stage.reads = _ordered(model, {names[i] for i in (behind | own) if i in names})
-            hidden = tuple(h.detach().requires_grad_() for h in made)
+        feeds, last = _chain(anatomy, encoders, stages, batch)
         for generator in generators:
-            behind = {names.get(id(v), "") for v in variables_behind([generator(hidden, **batch)])}
-            inside = {n for n, _ in model.get_submodule(generator.head.name).named_parameters(generator.head.name)}
-            generator.reads = _ordered(model, behind | inside)
-            generator.head.divides = _divides(generator, hidden, batch, division)
+            generator.reads = _read(model, [generator(last, **batch)], [generator.head.name])
+            generator.head.divides = _divides(generator, last, batch, division)
     read = {n for part in (*encoders, *stages, *generators) for n in part.reads}
-    return {n: tuple(s) for n, s in feeds.items()}, [n for n in names.values() if n not in read]
+    return feeds, [n for n, _ in model.named_parameters() if n not in read]
+
+
+def trace_feeds(
+    anatomy: Anatomy, encoders: Sequence[EncoderModule], stages: Sequence[StageModule], batch: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Encoder -> stages that read its features."""
+    with torch.enable_grad(), every_parameter_trainable(anatomy.model):
+        return _chain(anatomy, encoders, stages, batch)[0]
+
+
+def _chain(
+    anatomy: Anatomy, encoders: Sequence[EncoderModule], stages: Sequence[StageModule], batch: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], tuple[Tensor, ...]]:
+    features: dict[str, tuple[Tensor, ...]] = {}
+    feeds: dict[str, list[int]] = {e.group.name: [] for e in encoders}
+    for encoder in encoders:
+        made = encoder(**batch)
+        encoder.reads = _read(anatomy.model, made, encoder.group.paths)
+        features[encoder.group.name] = tuple(f.detach().requires_grad_() for f in made)
+    hidden: tuple[Tensor, ...] = ()
+    for index, stage in enumerate(stages):
+        made = stage(hidden, batch, features)
+        behind = {id(v) for v in variables_behind(made)}
+        for name, group in features.items():
+            if any(id(f) in behind for f in group):
+                feeds[name].append(index)
+        stage.reads = _read(
+            anatomy.model, made, [f"{anatomy.roles.layers}.{i}" for i in range(stage.first, stage.last)]
+        )
+        hidden = tuple(h.detach().requires_grad_() for h in made)
+    return {n: tuple(s) for n, s in feeds.items()}, hidden
+
+
+def _read(model: nn.Module, made: Iterable[Tensor], paths: Iterable[str]) -> tuple[str, ...]:
+    """Names of the parameters that tensors were made from, and of all in the modules that were to make them."""
+    behind = {id(v) for v in variables_behind(made)} | {
+        id(p) for path in paths for p in model.get_submodule(path).parameters()
+    }
+    return tuple(n for n, p in model.named_parameters() if id(p) in behind)
 
 
 def _divides(
@@ -94,7 +114,3 @@ def _divides(
         whole = float(generator(states, **batch))
         several = sum(float(generator(states, **item)) for item in division.generator_items(range(n)))
     return abs(several - whole) <= 1e-4 * abs(whole)
-
-
-def _ordered(model: torch.nn.Module, names: set[str]) -> tuple[str, ...]:
-    return tuple(n for n, _ in model.named_parameters() if n in names)

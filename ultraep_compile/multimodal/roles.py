@@ -48,11 +48,6 @@ def no_roles() -> dict[str, list[str]]:
     return Roles().names()
 
 
-def find_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-    """Roles as names of `named_modules()`, for a report."""
-    return watch_roles(model, experts, *args, **kwargs).names()
-
-
 def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any) -> Roles:
     """Roles of a model's parts.
 

@@ -99,17 +99,17 @@ class Plane:
         self.capacity = capacity
         self.pool = self._open()
 
-    def buffer(self, name: str, like: Tensor, rank: int | None = None) -> Tensor:
-        """A rank's buffer [rows, ...] with rows of the shape and dtype of `like`'s."""
+    def buffer(self, name: str, rows: int, like: Tensor, rank: int | None = None) -> Tensor:
+        """The first `rows` rows of a rank's buffer, of the shape and dtype of `like`'s."""
         raw = self.pool.region(name) if rank is None else self.pool.on_rank(name, rank)
         width = like.shape[1:].numel() * like.element_size()
-        return raw[: self.rows * width].view(like.dtype).view(self.rows, *like.shape[1:])
+        return raw[: rows * width].view(like.dtype).view(rows, *like.shape[1:])
 
-    def peers(self, name: str, like: Tensor) -> Tensor | list[Tensor]:
+    def peers(self, name: str, rows: int, like: Tensor) -> Tensor | list[Tensor]:
         """The same buffer of every rank, as kernels (addresses) or plain torch (tensors) take it."""
         if like.is_cuda:
             return self.pool.addresses(name)
-        return [self.buffer(name, like, rank) for rank in range(self.pool.ranks)]
+        return [self.buffer(name, rows, like, rank) for rank in range(self.pool.ranks)]
 
     @property
     def nbytes(self) -> int:

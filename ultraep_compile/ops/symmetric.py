@@ -28,6 +28,7 @@ from ultraep_compile.codegen import dispatch as wire
 from ultraep_compile.codegen.bundle import Part
 from ultraep_compile.codegen.reroute import Routing, Window, reroute_and_place, window
 from ultraep_compile.errors import OptionError
+from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
 from ultraep_compile.ops.layout import physical_to_logical
 from ultraep_compile.ops.plane import SUMMED, Geometry, Plane, plane_for
@@ -72,6 +73,11 @@ class _Call:
         )  # fmt: skip
         return cls(site, plane, params, slot_expert_RS, shares_RP, routing, capacity, pool.site(site.name))
 
+    @property
+    def rows(self) -> int:
+        """Rows of the buffers: as many as in the forward, also where they have grown since."""
+        return buffer_rows(self.capacity, self.site.layout, 1)
+
     def window(self, index: int) -> Window:
         if index == 0:
             return self.routing.window
@@ -83,10 +89,10 @@ class _Call:
         """Rows to their experts; returns what arrives here, complete once all ranks have met."""
         source = source.contiguous()
         wire.push_rows(
-            source, self.routing, self.plane.peers(name, source), self.plane.rows, self.site.layout, window=trip,
+            source, self.routing, self.plane.peers(name, self.rows, source), self.rows, self.site.layout, window=trip,
             gradient=gradient, references=self.plane.references() if once else None,
         )  # fmt: skip
-        buffer = self.plane.buffer(name, source)
+        buffer = self.plane.buffer(name, self.rows, source)
         wire.clear_rows(buffer, trip)
         return buffer
 
@@ -95,7 +101,7 @@ class _Call:
 
     def pull(self, out: Tensor, trip: Window, name: str = "results") -> None:
         wire.pull_rows(
-            out, self.routing, self.plane.peers(name, out), self.plane.rows, self.site.layout, window=trip
+            out, self.routing, self.plane.peers(name, self.rows, out), self.rows, self.site.layout, window=trip
         )
 
     def refuse(self, rows: Tensor, physical_TK: Tensor | None = None) -> Tensor:
@@ -223,7 +229,7 @@ def forward(
     masters, slots = call.weights()
     y, kept = _forward_round(call, 0, hidden, weight, masters, slots, consts, None)
     rounds = _most_rounds(call, physical_TK) if loads is None else max(1, -(-max(loads.read()) // call.capacity))
-    fits = call.plane.rows <= static_rows
+    fits = call.rows <= static_rows
     kept = [_resized(k, static_rows, fits) for k in kept]
     for index in range(1, rounds):
         _forward_round(call, index, hidden, weight, masters, slots, consts, y)
@@ -245,7 +251,7 @@ def _forward_round(
     program = call.site.program
     if y is None:
         y = hidden.new_empty(call.routing.physical_TK.numel(), *program.result.shape, dtype=program.result.dtype)
-    kept = program.forward_into(inputs, call.plane.buffer("results", y))
+    kept = program.forward_into(inputs, call.plane.buffer("results", call.rows, y))
     call.meet()
     call.pull(y, trip)
     return y, kept
@@ -298,12 +304,12 @@ def backward(
         grad_rows = call.push(grad_y, "grads", trip, gradient=True)
         call.arrive(inputs, trip)
         if index == 0 and is_kept:
-            held = [k[: call.plane.rows] for k in kept]
+            held = [k[: call.rows] for k in kept]
         else:
             held = site.program.forward(inputs)[1]
-        grads = site.program.backward_into(inputs, held, grad_rows, call.plane.buffer("results", pair_hidden))
+        grads = site.program.backward_into(inputs, held, grad_rows, call.plane.buffer("results", call.rows, pair_hidden))
         if pair_weight is not None:
-            call.plane.buffer("result_weights", pair_weight).copy_(or_zero(grads[0], inputs[1]))
+            call.plane.buffer("result_weights", call.rows, pair_weight).copy_(or_zero(grads[0], inputs[1]))
         call.meet()
         call.pull(pair_hidden, trip)
         if pair_weight is not None:
