@@ -33,6 +33,7 @@ from ultraep_compile.codegen.reduce import (
     reduce_reference,
 )
 from ultraep_compile.codegen.replicate import await_slots, free_slots, launch_push, replicate_to_slots
+from ultraep_compile.codegen.routes import launch_routes
 from ultraep_compile.symmetric import open_virtual_pools
 
 BIG = (Part((4096, 3072), torch.bfloat16), Part((1536, 4096), torch.bfloat16))  # 37.7 MB
@@ -41,14 +42,15 @@ REPEATS, CHAIN = 11, 3
 CEILINGS = {"of_copy": "copy", "of_kernel": "copy by an elementwise kernel"}
 
 
-def environment() -> dict[str, Any]:
+def environment(ranks: int) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
+        "ranks": ranks,
         "repetitions": REPEATS,
-        "chain": CHAIN,
+        "chain": CHAIN if ranks == 1 else 1,
     }
 
 
@@ -200,6 +202,23 @@ def reduce_rows(
     return rows
 
 
+def routes_rows() -> list[dict[str, Any]]:
+    """The lists alone, with and without the search for trees: 64 ranks, 256 experts, 2 slots, copies 9, 6, 5 and 18 single ones."""
+    ranks, masters, slots = 64, 4, 2
+    bundle = Bundle("w", ranks, masters, slots, SMALL)
+    plan = torch.full((ranks, slots), -1, dtype=torch.int32)
+    for copy in range(38):  # 9, 6, 5, then single copies
+        expert = 0 if copy < 9 else 4 if copy < 15 else 8 if copy < 20 else 4 * (copy - 15)
+        plan[63 - copy, 0] = expert
+    pools = open_virtual_pools(bundle.replicate_regions(), ranks, "cuda")
+    offsets = (pools[0].offset("w.route"), pools[0].offset("w.targets"))
+    rows, table = [], plan.cuda()
+    for mode in ("direct", "adaptive"):
+        times = milliseconds(lambda m=mode: launch_routes(bundle, table, pools[0].bases, 0, 1, offsets, m), chain=20)
+        rows.append(row("lists alone", 0, times, ranks=ranks, mode=mode))
+    return rows
+
+
 def beside_product(programs_list: list[int], warps: int = 4) -> list[dict[str, Any]]:
     """An 8192^3 bf16 product while experts stream on another stream: what either loses."""
     ranks, fan, size = 8, 3, sum(p.nbytes for p in BIG)
@@ -247,6 +266,7 @@ def virtual_tables(quick: bool) -> list[dict[str, Any]]:
         for ranks, fan in ((4, 1), (8, 4), (16, 8), (64, 2)):
             rows += reduce_rows(gradients, ranks, fan, 1e9, launch)
         rows += reduce_rows(tuple(Part(p.shape, torch.bfloat16) for p in BIG), 8, 4, 1e9, launch)
+        rows += routes_rows()
         rows += beside_product([8, 16, 32, 66, 132, 264])
     rows += copy_ceilings()  # again, after all else
     return rows
@@ -310,9 +330,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file for a picture of bandwidth against programs")
     parser.add_argument("--quick", action="store_true", help="a few sizes only")
     arguments = parser.parse_args()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.from_json:
         rows = json.loads(arguments.from_json.read_text())["rows"]
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif world > 1:
         from benchmarks.data_plane_ranks import rank_tables
 
         rows = rank_tables(BIG, SMALL)
@@ -322,7 +343,7 @@ def main() -> None:
         return
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**environment(), "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps({**environment(world), "rows": rows}, indent=1))
     if all(any(r["what"] == what for r in rows) for what in CEILINGS.values()):
         rows = with_shares(rows)
     print(table(rows))

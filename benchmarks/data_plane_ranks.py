@@ -14,14 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.data_plane import random_masters, ring_plan
+from benchmarks.data_plane import REPEATS, random_masters, ring_plan
 from ultraep_compile.codegen.bundle import Bundle, Part
 from ultraep_compile.codegen.handshake import hosted_pools
 from ultraep_compile.codegen.reduce import announce_gradients, await_read, launch_pull, reduce_from_slots
 from ultraep_compile.codegen.replicate import await_slots, free_slots, launch_push, replicate_to_slots
 from ultraep_compile.symmetric import Region, SymmetricPool, open_pool
-
-REPEATS = 15
 
 
 def slowest(function: Callable[[], object]) -> tuple[float, float, float]:

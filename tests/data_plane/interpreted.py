@@ -53,7 +53,7 @@ def check_routes(bundle: Bundle, plan, mode: str, device: str = "cpu") -> None:
 
 def routes() -> None:
     check_routes(Bundle("b", 3, 2, 1, (Part((4,), torch.int32),)), torch.tensor([[4], [1], [1]], dtype=torch.int32), "direct")
-    for seed, (ranks, masters, slots) in enumerate(((2, 1, 1), (5, 3, 2), (9, 1, 1), (16, 2, 2), (21, 4, 2))):
+    for seed, (ranks, masters, slots) in enumerate(((2, 1, 1), (5, 3, 2), (9, 1, 1), (16, 2, 2))):
         bundle = Bundle("b", ranks, masters, slots, (Part((4,), torch.int32),))
         for mode in ("direct", "relay", "adaptive"):
             check_routes(bundle, cases.random_plan(ranks, masters, slots, seed, hot=0.6), mode)
