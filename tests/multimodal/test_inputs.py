@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import zoo, zoo_wide
+from tests.multimodal import more_families
 from tests.multimodal.test_families import assert_same
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.calls import Calls
@@ -72,6 +73,37 @@ def test_packed_patches_of_all_sizes():
     only_text = parts.microbatches(batch, 4)
     assert items_of(parts, only_text) == [2, 0, 1, 1]
     assert_same(parts, only_text)
+
+
+def test_images_and_videos():
+    """One encoder, two kinds of input, each with its own placeholders and sizes; a batch may have one of them only."""
+    model, batch = more_families.build("qwen2_vl")
+    image, video = IMAGE, zoo_wide.VIDEO
+    ids = batch["input_ids"]
+    ids[:, 10:14] = video
+
+    def kinds(ids):
+        return {"input_ids": ids, "mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
+
+    clips = {"pixel_values_videos": torch.randn(64, 96), "video_grid_thw": torch.tensor([[1, 4, 4]] * 4)}
+    parts = find_parts(model, batch | kinds(ids) | clips, 2)
+    assert [s.keys for s in parts.anatomy.groups[0].streams] == [
+        ("pixel_values", "image_grid_thw"),
+        ("pixel_values_videos", "video_grid_thw"),
+    ]
+    ids = torch.randint(3, 100, (4, 40))
+    ids[0, 2:6], ids[0, 8:16], ids[2, 2:6] = image, image, image
+    ids[0, 20:28], ids[1, 2:6] = video, video
+    labels = ids.masked_fill(ids > 100, -100)
+    images = {"pixel_values": torch.randn(64, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 8, 4], [1, 4, 4]])}
+    clips = {"pixel_values_videos": torch.randn(48, 96), "video_grid_thw": torch.tensor([[2, 4, 4], [1, 4, 4]])}
+    both = {**kinds(ids), "labels": labels, **images, **clips}
+    for count, items in ((2, [4, 1]), (4, [3, 1, 1, 0])):
+        microbatches = parts.microbatches(both, count)
+        assert items_of(parts, microbatches) == items
+        assert_same(parts, microbatches)
+    ids = ids.masked_fill(ids == video, 50)
+    assert items_of(parts, parts.microbatches({**kinds(ids), "labels": labels, **images}, 2)) == [2, 1]
 
 
 def test_padded_images_of_a_sample():

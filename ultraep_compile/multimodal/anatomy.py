@@ -29,6 +29,17 @@ from ultraep_compile.multimodal.skeleton import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Inputs of an encoder that belong together: images, or videos, of an encoder that takes both."""
+
+    keys: tuple[str, ...]
+    required: bool = False
+    """Does the model fail without them?"""
+    placeholder: tuple[str, tuple[int, ...]] | None = None
+    """(input, ids) where features replace embeddings, if they do."""
+
+
 @dataclass(slots=True)
 class Group:
     """An encoder, the projectors behind it, and where their features come out."""
@@ -38,17 +49,18 @@ class Group:
     slots: list[tuple[str, int]]
     """Features: (path of the part, leaf of its output), in the order in which they are made."""
     once: bool
-    """Does every part that makes features run once in a forward?"""
+    """Does every part that makes features run once in a forward, for each stream?"""
     dims: list[int] = field(default_factory=list)
     """Per slot the dimension along which the rows of items lie in the part's output."""
-    keys: tuple[str, ...] = ()
-    """Inputs that the features depend on."""
-    required: bool = False
-    """Does the model fail without them?"""
-    placeholder: tuple[str, tuple[int, ...]] | None = None
-    """(input, ids) where features replace embeddings, if they do."""
+    streams: tuple[Stream, ...] = ()
+    """In the order in which the encoder runs on them."""
     item: str = "row"
     """What the encoder can run on alone: a row of its inputs, a sample's rows, or only a whole microbatch."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Inputs that the features depend on."""
+        return tuple(dict.fromkeys(k for s in self.streams for k in s.keys))
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ultraep_compile.multimodal.anatomy import Anatomy, Group, study
+from ultraep_compile.multimodal.anatomy import Anatomy, Stream, study
 from ultraep_compile.multimodal.calls import Calls
 from ultraep_compile.multimodal.cut import trace_feeds
 from ultraep_compile.multimodal.inputs import learn_inputs
@@ -45,12 +45,16 @@ def _encoders(anatomy: Anatomy, inputs: Mapping[str, Any]) -> list[str]:
     calls = Calls(anatomy)
     layers = [StageModule(anatomy, calls, i, i + 1) for i in range(len(anatomy.layers))]
     feeds = trace_feeds(anatomy, [EncoderModule(anatomy, g) for g in anatomy.groups], layers, inputs)
-    return [f"  encoder {g.name} reads {', '.join(g.keys)}; {_entry(g, feeds[g.name])}" for g in anatomy.groups]
+    return [
+        f"  encoder {g.name} reads {', '.join(s.keys)}; {_entry(s, feeds[g.name])}"
+        for g in anatomy.groups
+        for s in g.streams
+    ]
 
 
-def _entry(group: Group, layers: tuple[int, ...]) -> str:
+def _entry(stream: Stream, layers: tuple[int, ...]) -> str:
     where = "layers " + ", ".join(map(str, layers)) if len(layers) > 1 else f"layer {', '.join(map(str, layers))}"
-    if group.placeholder is not None:
-        key, ids = group.placeholder
+    if stream.placeholder is not None:
+        key, ids = stream.placeholder
         return f"features stand for {key} {', '.join(map(str, ids))} and enter at {where}"
     return f"features are read by {where}"

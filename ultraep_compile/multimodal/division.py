@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.errors import PartsError
-from ultraep_compile.multimodal.anatomy import Group
+from ultraep_compile.multimodal.anatomy import Group, Stream
 
 SAMPLE = "sample_of_microbatch"
 """Input of a generator that works on one sample: (its number in the microbatch, samples there)."""
@@ -63,40 +63,38 @@ class Division:
             raise PartsError(f"the batch has no {sample_key!r}, whose rows are its samples; it has {sorted(batch)}")
         self.batch, self.groups = batch, groups
         self.samples = len(batch[sample_key])
-        self.items = {g.name: self._items(g) for g in groups}
-        self.by_item = {r.key for items in self.items.values() if items for r in items.rows}
+        self.items = {g.name: [self._items(g.name, s) for s in g.streams] for g in groups}
+        self.by_item = {r.key for streams in self.items.values() for items in streams if items for r in items.rows}
 
-    def _items(self, group: Group) -> Items | None:
-        """None for an encoder without inputs in this batch."""
-        given = [k for k in group.keys if isinstance(self.batch.get(k), Tensor)]
-        marks = self._marks(group)
+    def _items(self, encoder: str, stream: Stream) -> Items | None:
+        """None for a stream without inputs in this batch."""
+        given = [k for k in stream.keys if isinstance(self.batch.get(k), Tensor)]
+        marks = self._marks(stream)
         if not given:
-            if group.required or (marks and sum(marks)):
+            if stream.required or (marks and sum(marks)):
                 why = (
                     f"{sum(marks)} placeholder tokens wait for features of"
                     if marks and sum(marks)
                     else "the model does not run without"
                 )
-                raise PartsError(
-                    f"missing modality: {why} {group.name}, but the batch has no {' or '.join(group.keys)}"
-                )
+                raise PartsError(f"missing modality: {why} {encoder}, but the batch has no {' or '.join(stream.keys)}")
             return None
         lengths = {k: len(self.batch[k]) for k in given}
         count = min(lengths.values())
-        weights = {k: self._weights(group, given, count, n) for k, n in lengths.items() if n != count}
-        belongs = self._belongs(group, marks, count, list(weights.values()))
+        weights = {k: self._weights(encoder, given, count, n) for k, n in lengths.items() if n != count}
+        belongs = self._belongs(encoder, stream, marks, count, list(weights.values()))
         rows = tuple(Rows(k, tuple(itertools.accumulate(weights.get(k, [1] * count), initial=0))) for k in given)
-        filler = [bool(marks) and not m and not group.required for m in marks or belongs]
+        filler = [bool(marks) and not m and not stream.required for m in marks or belongs]
         return Items(rows, tuple(itertools.accumulate(belongs, initial=0)), tuple(filler))
 
-    def _marks(self, group: Group) -> list[int]:
+    def _marks(self, stream: Stream) -> list[int]:
         """Placeholders in each sample."""
-        if group.placeholder is None or not isinstance(self.batch.get(group.placeholder[0]), Tensor):
+        if stream.placeholder is None or not isinstance(self.batch.get(stream.placeholder[0]), Tensor):
             return []
-        ids = self.batch[group.placeholder[0]]
-        return torch.isin(ids, torch.tensor(group.placeholder[1], device=ids.device)).sum(-1).tolist()
+        ids = self.batch[stream.placeholder[0]]
+        return torch.isin(ids, torch.tensor(stream.placeholder[1], device=ids.device)).sum(-1).tolist()
 
-    def _weights(self, group: Group, given: list[str], count: int, rows: int) -> list[int]:
+    def _weights(self, encoder: str, given: list[str], count: int, rows: int) -> list[int]:
         """Rows of each item in a packed input: some product or entry of a table with a row per item that adds up."""
         for key in given:
             table = self.batch[key]
@@ -107,44 +105,46 @@ class Division:
                     if total and rows % total == 0:
                         return (weights * (rows // total)).tolist()
         raise PartsError(
-            f"cannot tell the items of {group.name} apart: {', '.join(f'{k} has {len(self.batch[k])} rows' for k in given)}, and no "
+            f"cannot tell the items of {encoder} apart: {', '.join(f'{k} has {len(self.batch[k])} rows' for k in given)}, and no "
             "input says how many rows an item has. Give the sizes as the model's processor does, one row per item."
         )
 
-    def _belongs(self, group: Group, marks: list[int], count: int, packed: list[list[int]]) -> list[int]:
+    def _belongs(
+        self, encoder: str, stream: Stream, marks: list[int], count: int, packed: list[list[int]]
+    ) -> list[int]:
         """Items of each sample."""
-        if count == self.samples and self._filled_up(group, marks):
+        if count == self.samples and self._filled_up(stream, marks):
             return [1] * count
         if marks and sum(marks):
             for weights in (*packed, [1] * count):
                 found = _fill(weights, marks)
                 if found is not None:
                     return found
-            runs = self._runs(group)
+            runs = self._runs(stream)
             if sum(runs) == count:
                 return runs
         if count == self.samples:
             return [1] * count
         raise PartsError(
-            f"cannot split the batch: {count} items of {group.name} for {self.samples} samples"
+            f"cannot split the batch: {count} items of {encoder} for {self.samples} samples"
             + (f" with {marks} placeholder tokens" if marks else "")
             + ". Give one item per sample, items of equal size, or tokens between the items of a sample."
         )
 
-    def _filled_up(self, group: Group, marks: list[int]) -> bool:
+    def _filled_up(self, stream: Stream, marks: list[int]) -> bool:
         """Samples without placeholders have rows all the same, of nothing."""
         rows = [
             self.batch[k]
-            for k in group.keys
+            for k in stream.keys
             if isinstance(self.batch.get(k), Tensor) and self.batch[k].is_floating_point()
         ]
         return 0 in marks and not any(bool(row[s].any()) for row in rows for s, m in enumerate(marks) if not m)
 
-    def _runs(self, group: Group) -> list[int]:
+    def _runs(self, stream: Stream) -> list[int]:
         """Unbroken runs of placeholders in each sample."""
-        assert group.placeholder is not None
-        ids = self.batch[group.placeholder[0]]
-        here = torch.isin(ids, torch.tensor(group.placeholder[1], device=ids.device))
+        assert stream.placeholder is not None
+        ids = self.batch[stream.placeholder[0]]
+        here = torch.isin(ids, torch.tensor(stream.placeholder[1], device=ids.device))
         start = here.clone()
         start[:, 1:] &= ~here[:, :-1]
         return start.sum(-1).tolist()
@@ -155,7 +155,7 @@ class Division:
         for key, value in self.batch.items():
             if key not in self.by_item:
                 found[key] = self._of_samples(value, samples)
-        for items in self.items.values():
+        for items in itertools.chain.from_iterable(self.items.values()):
             if items is not None:
                 found |= items.take(self.batch, items.of(samples))
         return found
@@ -171,19 +171,19 @@ class Division:
         return value[part] if isinstance(value, (list, tuple)) and len(value) == self.samples else value
 
     def encoder_items(self, group: Group, samples: range) -> list[dict[str, Any]]:
-        """What the encoder is to run on for some samples, piece by piece."""
-        items = self.items[group.name]
-        if items is None:
-            return []
+        """What the encoder is to run on for some samples, piece by piece: stream after stream, as in the model."""
+        streams = [i for i in self.items[group.name] if i is not None and i.of(samples)]
+        padded = any(i.filler[s] and i.first[s] < i.first[s + 1] for i in streams for s in samples)
+        if padded or group.item == "microbatch":  # what an encoder makes of padding shows only beside the rest
+            inputs = self.inputs(samples)
+            return [{k: v for k, v in inputs.items() if k not in self.by_item or k in group.keys}] if streams else []
         pieces = []
-        padded = any(items.filler[s] and items.first[s] < items.first[s + 1] for s in samples)
-        whole = padded or group.item == "microbatch"  # what an encoder makes of padding shows only beside the rest
-        for several in [samples] if whole else [range(s, s + 1) for s in samples]:
-            beside = {k: v for k, v in self.inputs(several).items() if k not in self.by_item}
-            mine = items.of(several)
-            for piece in [range(i, i + 1) for i in mine] if group.item == "row" and not whole else [mine]:
-                if piece:
-                    pieces.append({**beside, **items.take(self.batch, piece)})
+        for items in streams:
+            for sample in samples:
+                mine = items.of(range(sample, sample + 1))
+                beside = {k: v for k, v in self.inputs(range(sample, sample + 1)).items() if k not in self.by_item}
+                for piece in [range(i, i + 1) for i in mine] if group.item == "row" else [mine]:
+                    pieces += [{**beside, **items.take(self.batch, piece)}] if piece else []
         return pieces
 
     def generator_items(self, samples: range) -> list[dict[str, Any]]:

@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ultraep_compile.multimodal.anatomy import Anatomy, Group
+from ultraep_compile.multimodal.anatomy import Anatomy, Stream
 from ultraep_compile.multimodal.calls import Calls, answers
 from ultraep_compile.multimodal.division import Division
-from ultraep_compile.multimodal.modules import EncoderModule
+from ultraep_compile.multimodal.modules import EncoderModule, Outputs
 from ultraep_compile.multimodal.skeleton import Action, Left, is_state, run, variables_behind
 from ultraep_compile.preparation import untouched
 
@@ -25,54 +26,74 @@ def learn_inputs(anatomy: Anatomy, batch: Mapping[str, Any]) -> tuple[str, Featu
 
     Returns: the input whose dim 0 counts the samples, and the features of the batch.
     """
+    groups = anatomy.groups
     with untouched(anatomy.model), torch.no_grad():
-        features = {g.name: EncoderModule(anatomy, g)(**batch) for g in anatomy.groups}
-        states = {
-            g.name: [k for k, v in batch.items() if is_state(v) and _feeds(anatomy, g, batch, k)]
-            for g in anatomy.groups
-        }
-        for group in anatomy.groups:
+        encoders = {g.name: EncoderModule(anatomy, g) for g in groups}
+        outputs = {name: e.outputs(batch) for name, e in encoders.items()}
+        features = {name: e.features(outputs[name]) for name, e in encoders.items()}
+        states = {name: _calls_behind(e, batch) for name, e in encoders.items()}
+        for group in groups:
             mine = states[group.name]
             others = {k for keys in states.values() for k in keys} - set(mine)
             rest = {k: v for k, v in batch.items() if k not in others}  # so that no other encoder runs, and none fails
-            group.keys = tuple(
-                k
-                for k, v in rest.items()
-                if k in mine or (isinstance(v, Tensor) and not is_state(v) and _feeds(anatomy, group, rest, k))
-            )
-        calls = Calls(anatomy)
-        entry = first_states(anatomy, batch, answers(calls(batch), anatomy.groups, features))
-        for group in anatomy.groups:
-            group.required = not _runs_without(anatomy, batch, group)
-            changed = {**features, group.name: tuple(f * 0.5 + 1 for f in features[group.name])}
-            other = first_states(anatomy, batch, answers(calls(batch), anatomy.groups, changed))
-            group.placeholder = _placeholder(entry, other, batch)
+            integers = [k for k, v in rest.items() if isinstance(v, Tensor) and not is_state(v)]
+            calls = mine | {k: _calls_that_change(encoders[group.name], rest, k) for k in integers}
+            group.streams, own = _streams({k: calls[k] for k in batch if calls.get(k)})
+            paths = [path for path, _ in outputs[group.name]]
+            group.once = all([paths[c] for c in mine].count(path) == 1 for mine in own for path, _ in group.slots)
+            known = Calls(anatomy)(batch)
+            entry = first_states(anatomy, batch, answers(known, groups, features))
+            learned = []
+            for stream, mine in zip(group.streams, own, strict=True):
+                changed = [
+                    (p, [x * 0.5 + 1 if is_state(x) else x for x in v] if c in mine else v)
+                    for c, (p, v) in enumerate(outputs[group.name])
+                ]
+                given = {**features, group.name: encoders[group.name].features(changed)}
+                placeholder = _placeholder(entry, first_states(anatomy, batch, answers(known, groups, given)), batch)
+                required = placeholder is None and not _runs_without(anatomy, batch, stream.keys)
+                learned.append(Stream(stream.keys, required, placeholder))
+            group.streams = tuple(learned)
     return _sample_key(anatomy, batch, len(entry)), features
 
 
-def _states_behind(anatomy: Anatomy, group: Group, batch: Mapping[str, Any]) -> list[str]:
-    """Inputs that features could pass a gradient to."""
+def _streams(calls: Mapping[str, set[int]]) -> tuple[tuple[Stream, ...], list[set[int]]]:
+    """Inputs that change the same calls, in the order of these; and the calls of each."""
+    graph: nx.Graph = nx.Graph([(k, c) for k, several in calls.items() for c in several])
+    found = []
+    for part in nx.connected_components(graph):
+        mine = {c for c in part if isinstance(c, int)}
+        found.append((min(mine), tuple(k for k in calls if k in part), mine))
+    found.sort()
+    return tuple(Stream(keys) for _, keys, _ in found), [mine for _, _, mine in found]
+
+
+def _calls_behind(encoder: EncoderModule, batch: Mapping[str, Any]) -> dict[str, set[int]]:
+    """State among the inputs -> calls of encoder and projectors whose outputs could pass it a gradient."""
     leaves = {k: v.detach().requires_grad_() for k, v in batch.items() if is_state(v)}
     with torch.enable_grad():
-        made = EncoderModule(anatomy, group)(**{**batch, **{k: v.clone() for k, v in leaves.items()}})
-    behind = {id(v) for v in variables_behind(made)}
-    return [k for k, v in leaves.items() if id(v) in behind]
+        made = encoder.outputs({**batch, **{k: v.clone() for k, v in leaves.items()}})
+    behind = [{id(v) for v in variables_behind(outputs)} for _, outputs in made]
+    calls = {k: {c for c, ids in enumerate(behind) if id(v) in ids} for k, v in leaves.items()}
+    return {k: c for k, c in calls.items() if c}
 
 
-def _feeds(anatomy: Anatomy, group: Group, batch: Mapping[str, Any], key: str) -> bool:
-    """Does anything that encoder and projectors return change with an input?"""
-    encoder = EncoderModule(anatomy, group)
-    expected = encoder.everything(batch)
+def _calls_that_change(encoder: EncoderModule, batch: Mapping[str, Any], key: str) -> set[int]:
+    """Calls of encoder and projectors whose outputs change with an input, or that refuse it."""
+    expected, found = encoder.outputs(batch), set()
     for changed in _changes(batch[key]):
-        try:
-            made = encoder.everything({**batch, key: changed})
-        except Exception:  # a nonsense value was refused
-            return True
-        if len(made) != len(expected) or not all(
-            a.shape == b.shape and torch.equal(a, b) for a, b in zip(made, expected, strict=True)
-        ):
-            return True
-    return False
+        made: Outputs = []
+        with contextlib.suppress(Exception):  # a nonsense value may be refused
+            encoder.outputs({**batch, key: changed}, made)
+        found |= {c for c, (a, b) in enumerate(zip(expected, made, strict=False)) if not _equal(a[1], b[1])}
+        if len(made) < len(expected) and (not made or encoder.group.once):
+            found.add(len(made))  # otherwise it may be where the features of another stream went in that refused
+    return found
+
+
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    pairs = [(x, y) for x, y in zip(a, b, strict=False) if isinstance(x, Tensor)]
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
 def _changes(value: Tensor) -> Iterator[Tensor]:
@@ -92,9 +113,9 @@ def first_states(anatomy: Anatomy, batch: Mapping[str, Any], parts: Mapping[str,
     return run(anatomy.model, batch, actions | {anatomy.layers[0]: leave}, anatomy.around())[1]
 
 
-def _runs_without(anatomy: Anatomy, batch: Mapping[str, Any], group: Group) -> bool:
+def _runs_without(anatomy: Anatomy, batch: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
     with contextlib.suppress(Exception):
-        first_states(anatomy, {k: v for k, v in batch.items() if k not in group.keys}, {})
+        first_states(anatomy, {k: v for k, v in batch.items() if k not in keys}, {})
         return True
     return False
 
@@ -118,7 +139,7 @@ def _placeholder(before: Tensor, after: Tensor, batch: Mapping[str, Any]) -> tup
 def _sample_key(anatomy: Anatomy, batch: Mapping[str, Any], samples: int) -> str:
     fed = {k for g in anatomy.groups for k in g.keys}
     tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == samples}
-    placed = [g.placeholder[0] for g in anatomy.groups if g.placeholder]
+    placed = [s.placeholder[0] for g in anatomy.groups for s in g.streams if s.placeholder]
     return next(iter([*placed, *(k for k in tensors if k not in fed), *tensors]), "")
 
 

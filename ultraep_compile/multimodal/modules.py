@@ -42,6 +42,9 @@ class PartModule(nn.Module):
         return super().train(mode)
 
 
+Outputs = list[tuple[str, list[Any]]]
+
+
 class EncoderModule(PartModule):
     """`forward(**item) -> tuple[Tensor, ...]`: features of one item, one tensor for each way in."""
 
@@ -50,28 +53,33 @@ class EncoderModule(PartModule):
         self.group = group
 
     def forward(self, **item: Any) -> tuple[Tensor, ...]:
-        made = self._outputs(item)
+        return self.features(self.outputs(item))
+
+    def features(self, made: Outputs) -> tuple[Tensor, ...]:
+        """Those among the outputs of calls, one after the other along dim 0."""
         found = []
         for (path, leaf), dim in zip(self.group.slots, self.group.dims, strict=True):
             rows = [leaves[leaf].movedim(dim, 0) for p, leaves in made if p == path]
             found.append(torch.cat(rows) if len(rows) > 1 else rows[0])
         return tuple(found)
 
-    def everything(self, item: Mapping[str, Any]) -> list[Tensor]:
-        """All tensors that encoder and projectors return."""
-        return [x for _, leaves in self._outputs(item) for x in leaves if isinstance(x, Tensor)]
+    def outputs(self, item: Mapping[str, Any], made: Outputs | None = None) -> Outputs:
+        """(part, leaves of its output) of every call of encoder and projectors.
 
-    def _outputs(self, item: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
-        """(part, leaves of its output) of every call."""
+        Args:
+            made: where to put them as they are made, for a caller that expects a failure; no leaves: it was in that call.
+        """
         group, anatomy = self.group, self.anatomy
-        made: list[tuple[str, list[Any]]] = []
+        made = [] if made is None else made
         wanted = {path for path, _ in group.slots}
+        runs = max(1, sum(any(item.get(k) is not None for k in s.keys) for s in group.streams))
 
         def kept(path: str) -> Action:
             def action(own: Any, args: Any, kwargs: Any) -> Any:
+                made.append((path, []))
                 output = own(*args, **kwargs)
-                made.append((path, pytree.tree_leaves(output)))
-                if group.once and wanted <= {p for p, _ in made}:
+                made[-1][1].extend(pytree.tree_leaves(output))
+                if group.once and all(sum(p == w for p, _ in made) >= runs for w in wanted):
                     raise Left(None)  # before features meet the language model: an item may be less than a sample
                 return output
 
