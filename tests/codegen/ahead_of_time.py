@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, guard_kernels, planner_kernels
+from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, guard_kernels, search_kernel, share_kernels
 
 INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "quota_p", "ids_p"}
 NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "n"}
@@ -19,7 +19,8 @@ def compiled(kernel: Any, capability: int, warps: int, **constants: Any) -> dict
     """The compiler's output by stage; the other arguments are aligned pointers and 32-bit numbers."""
     types = {name: "i32" if name in NUMBERS else "*i64" if name in INT64 else "*i32" for name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ("R", "E")]
+    divisible = {"R", "E"} - set(kernel.do_not_specialize)
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in divisible]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -90,17 +91,15 @@ def guards(capability: int) -> None:
 
 def main(capability: int) -> None:
     """The planner for 64 ranks, 4 experts and 2 slots each; the counts of 8192 x 8 ids of 256 experts."""
-    sizes = {"D": 64, "M": 4, "S": 2, "ALL_C": planner_kernels.CANDIDATES + planner_kernels.REFINED, "PDL": True}
-    for refine in (False, True):
-        asm = compiled(
-            planner_kernels.search, capability, 1, **sizes, G_BITS=6, M_BITS=2, SP=2, EVEN=True, REFINE=refine
-        )
-        # one instruction over the warp for every choice, nothing through shared memory
-        assert asm["ptx"].count("redux.sync") >= 7 and "st.shared" not in asm["ptx"] and asm["cubin"]
+    sizes = {"D": 64, "M": 4, "M_BITS": 2, "PDL": True}
+    tables = {"S": 2, "ALL_C": search_kernel.CANDIDATES}
+    asm = compiled(search_kernel.search, capability, 1, **sizes, **tables, G_BITS=6, SP=2, EVEN=True)
+    # one instruction over the warp for every choice, nothing through shared memory
+    assert asm["ptx"].count("redux.sync") >= 14 and "st.shared" not in asm["ptx"] and asm["cubin"]
     for everyone in (False, True):
-        common = {"ALL": everyone, "PDL": True, "BLOCK": 16}
-        compiled(planner_kernels.prepare, capability, 4, D=64, M=4, DOMAINS=1, RP=64, **common)
-        compiled(planner_kernels.finish, capability, 4, **(sizes | common), XP=128, PER_DOMAIN=24)
+        common = {"ALL": everyone, "BLOCK": 16}
+        compiled(share_kernels.prepare, capability, 4, **sizes, **common, G_BITS=6, DOMAINS=1, RP=64)
+        compiled(share_kernels.finish, capability, 4, **sizes, **tables, **common, XP=128, PER_DOMAIN=24)
     compiled(count_kernels.count_part, capability, 4, EP=256, BLOCK=1024, PER=1, PDL=True)
     compiled(count_kernels.count_sum, capability, 4, P=64, BLOCK=32, PDL=True)
     grouped(capability)
