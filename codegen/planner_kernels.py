@@ -18,12 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ultraep_compile.codegen.search_kernel import CANDIDATES, METHODS, search
+from ultraep_compile.codegen.search_kernel import CANDIDATES, COARSE, METHODS, search
 from ultraep_compile.codegen.share_kernels import finish, prepare
 from ultraep_compile.planner.quota import TOLERANCE
 
-BLOCK, PREPARE_WARPS = 16, 4  # experts of a program of `prepare`
-INSTANCES, FINISH_WARPS = 8, 4  # physical experts of a program of `finish`
+BLOCK, PREPARE_WARPS = 4, 4  # experts of a program of `prepare`
+INSTANCES, FINISH_WARPS = 16, 4  # physical experts of a program of `finish`
 
 
 class DevicePlan(NamedTuple):
@@ -35,8 +35,9 @@ class DevicePlan(NamedTuple):
 
 
 def plan_on_device(
-    counts_RE: Tensor, slots_R: Sequence[int], rank: int | None, domain: int, tolerance: int = TOLERANCE
-) -> DevicePlan:
+    counts_RE: Tensor, slots_R: Sequence[int], rank: int | None, domain: int, tolerance: int = TOLERANCE,
+    copy_tokens: int | None = None,
+) -> DevicePlan:  # fmt: skip
     """The plan of `quota` for int32 counts on a CUDA device (or on the CPU in Triton's interpreter).
 
     Parameters:
@@ -44,20 +45,23 @@ def plan_on_device(
         rank: whose shares to compute; None for those of all ranks.
         domain: D, ranks d*D..(d+1)*D-1 exchange copies among themselves only; divides R.
         tolerance: basis points of the mean that the largest load may exceed it by.
+        copy_tokens: of `plan_quota`.
 
     Example: counts [[3, 1], [4, 0]], a slot each, tolerance 0: expert 0 is copied to rank 1, which computes three
     of its own four tokens: slots [[-1], [0]], quotas [4, 0, 1, 3], shares [[3, 0, 1, 0], [1, 0, 0, 3]].
     """
-    made, stages = planning_stages(counts_RE, slots_R, rank, domain, tolerance)
+    made, stages = planning_stages(counts_RE, slots_R, rank, domain, tolerance, copy_tokens)
     for launch in stages.values():
         launch()
     return made
 
 
 def planning_stages(
-    counts_RE: Tensor, slots_R: Sequence[int], rank: int | None, domain: int, tolerance: int = TOLERANCE
-) -> tuple[DevicePlan, dict[str, Callable[[], object]]]:
+    counts_RE: Tensor, slots_R: Sequence[int], rank: int | None, domain: int, tolerance: int = TOLERANCE,
+    copy_tokens: int | None = None,
+) -> tuple[DevicePlan, dict[str, Callable[[], object]]]:  # fmt: skip
     """Where the plan will be, and the launches that make it, by name and in order."""
+    timed = copy_tokens is not None
     (ranks, experts), slots, domains = counts_RE.shape, max(slots_R), counts_RE.shape[0] // domain
     masters, device = experts // ranks, counts_RE.device
     assert counts_RE.dtype == torch.int32 and counts_RE.is_contiguous() and slots > 0, "checked by make_plan"
@@ -84,10 +88,10 @@ def planning_stages(
             counts_RE, load, own, column, before, key, row, ranks, experts, domain, masters, domains, g_bits, m_bits,
             power(ranks), BLOCK, everyone, on_gpu, num_warps=PREPARE_WARPS, **overlap,
         ),
-        "search": lambda: search[(domains, CANDIDATES)](
-            own, load, counts_RE, column, slots_on_device, methods, key, flag, table, tolerance, ranks,
+        "search": lambda: search[(domains, COARSE if timed else CANDIDATES)](
+            own, load, counts_RE, column, slots_on_device, methods, key, flag, table, tolerance, copy_tokens or 0, ranks,
             domains, domain, masters, slots, g_bits, m_bits, power(slots),
-            len(set(slots_R)) == 1, CANDIDATES, on_gpu, num_warps=1, **overlap,
+            len(set(slots_R)) == 1, CANDIDATES, timed, on_gpu, num_warps=1, **overlap,
         ),
         "finish": lambda: finish[(domains * per_domain, ranks if everyone else 1)](
             counts_RE, load, before, key, flag, table, *made, row, experts, ranks, domains, domain, masters, slots,

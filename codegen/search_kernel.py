@@ -10,7 +10,8 @@ is the minimum or maximum of a packed key, value * GP + lane: one instruction ov
 Loads whose keys do not fit are planned with 64 bits by the second branch of the same kernel.
 
 Candidate c writes table c of [ALL_C, D*S] and offers its key, class | cost | c, to an atomic minimum: class 0 is the
-good enough threshold, class 1 + i the i-th of the ladder, or of the refinement, which has a minimum of its own.
+good enough threshold, class 1 + i the i-th of the ladder, or of the refinement, which has a minimum of its own. TIMED:
+all candidates but the refinement run to their end, and the key is time | c, with the time in tokens.
 """
 
 from __future__ import annotations
@@ -94,10 +95,22 @@ def _replaced(rows, value):
 
 
 @triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _any(values):
+    """The bits that are set anywhere along axis 0."""
+    return tl.reduce(values, 0, _or)
+
+
+@triton.jit
 def _find_copies(
-    rows, tau, mean, worst, total, c, class_, sign, near, near_full, best_fit, slots, own_p, counts_p, column_p, key_p,
-    table_p, first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr,
-    M_BITS: tl.constexpr, SP: tl.constexpr, EVEN: tl.constexpr, FILL: tl.constexpr, KEY: tl.constexpr,
+    rows, load, tau, mean, worst, total, c, class_, copy_tokens, sign, near, near_full, best_fit, slots, own_p, counts_p,
+    column_p, key_p, table_p, first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr,
+    M_BITS: tl.constexpr, SP: tl.constexpr, EVEN: tl.constexpr, TIMED: tl.constexpr, FILL: tl.constexpr,
+    KEY: tl.constexpr,
 ):  # fmt: skip
     """`planner.search.find_copies` for one method and threshold; keys and loads have type KEY. Whether it found them.
 
@@ -118,13 +131,11 @@ def _find_copies(
     table = table_p + c * (D * S)
     tl.store(table + lane * S + s, tl.full((SP, GP), -1, tl.int64), mask=(lane < D) & (s < S))
     tl.debug_barrier()  # other lanes may write there
-    load = rows[0] >> M_BITS
-    for m in tl.static_range(1, M):
-        load += rows[m] >> M_BITS
     over = load - tau
     # what a rank can take; 0 when it is above tau, or has no slot left
     slack = tl.where(slots > 0, tl.maximum(-over, 0), 0)
     free = slots
+    sent = slots - slots
     last = tl.where(sign < 0, 0, worst - tau)
     kept = near * 0
     copies = 0
@@ -132,26 +143,32 @@ def _find_copies(
     wanted = found
 
     # bring the columns that are read first into the L1 cache, all at once: they have 8 ranks to a sector
-    touched = tl.zeros((GP,), tl.int32)
     columns = column_p + first_rank * (MP * GP)
+    touched = tl.zeros((GP,), tl.int32)
     if KEY == tl.int32:
-        hottest = ((g << M_BITS) + (rows[0] & (MP - 1))) << G_BITS
-        for sector in tl.static_range(0, D, 8):
-            touched |= tl.load(columns + hottest + sector, mask=over > 0, other=0)
-    for m in tl.static_range(M):
-        touched |= (tl.load(own_p + m * R + first_rank + g, mask=g < D, other=0) & 1).to(tl.int32)
+        sector = tl.arange(0, GP // 8)[:, None] * 8
+        first = ((g << M_BITS) + (rows[0] & (MP - 1))) << G_BITS
+        touched |= _any(tl.load(columns + first[None, :] + sector, mask=(over > 0)[None, :], other=0))
+        if M > 1:  # the second one's, where the hottest alone cannot do
+            second = ((g << M_BITS) + (rows[1] & (MP - 1))) << G_BITS
+            also = over > rows[0] >> M_BITS
+            touched |= _any(tl.load(columns + second[None, :] + sector, mask=also[None, :], other=0))
+        m = tl.arange(0, MP)[:, None]
+        own = tl.load(own_p + m * R + first_rank + lane, mask=(m < M) & (lane < D), other=0)
+        touched |= _any((own & 1).to(tl.int32))
 
+    # `next_` is the rank that exports, `hot` its hottest expert and, if FILL, `need` what it must shed. What follows from
+    # the other ranks' state is looked up while this one's target is still sought: few lookups depend on each other.
     value = worst - (rows[0] >> M_BITS) if FILL else last - sign * over
     turn = tl.where(over > 0, (value << G_BITS) + g, BIG)
     next_ = tl.min(turn, 0)
+    hot = tl.max(tl.where(g == (next_ & (GP - 1)).to(tl.int32), rows[0], 0), 0)
+    need = tl.max(tl.where(g == (next_ & (GP - 1)).to(tl.int32), over, 0), 0)
     while found & wanted & (next_ != BIG):
         from_ = (next_ & (GP - 1)).to(tl.int32)
         source = g == from_
-        hot = tl.max(tl.where(source, rows[0], 0), 0)
         available = hot >> M_BITS
-        if FILL:
-            need = tl.max(tl.where(source, over, 0), 0)
-        else:
+        if not FILL:
             need = (last - (next_ >> G_BITS)) * sign
         want = tl.minimum(need, available)
         code = (from_ << M_BITS) + (hot & (MP - 1)).to(tl.int32)
@@ -186,40 +203,61 @@ def _find_copies(
         takes = tl.minimum(tl.where(fill, available, want), slack)
         tokens = tl.max(tl.where(target, takes, 0), 0)
 
-        copies += 1
-        kept += tl.minimum(tokens, chosen >> G_BITS)
-        slack = tl.where(target, tl.where(full, 0, slack - takes), slack)
-        slack = tl.where(source, tl.maximum(tokens - need, 0), slack)
-        rows = _replaced(rows, rows[0] - tl.where(source, tokens << M_BITS, 0))
+        # the other ranks' next, and the exporting rank's second expert
+        turn = tl.where(source, BIG, turn)
+        other = tl.min(turn, 0)
+        is_other = g == (other & (GP - 1)).to(tl.int32)
+        other_hot = tl.max(tl.where(is_other, rows[0], 0), 0)
+        left = hot - (tokens << M_BITS)
+        if M > 1:
+            left = tl.maximum(left, tl.max(tl.where(source, rows[1], 0), 0))
+        rest = need - tokens
         if FILL:
-            over = tl.where(source, tl.maximum(need - tokens, 0), over)
-            turn = tl.where(over > 0, ((worst - (rows[0] >> M_BITS)) << G_BITS) + g, BIG)
-            # until something of a lower class is found
-            wanted = (tl.load(key_p, volatile=True) >> CLASS_SHIFT) >= class_
+            again = ((worst - (left >> M_BITS)) << G_BITS) + from_
+            other_need = tl.max(tl.where(is_other, over, 0), 0)
+            over = tl.where(source, tl.maximum(rest, 0), over)
+            if not TIMED:  # until something of a lower class is found
+                wanted = (tl.load(key_p, volatile=True) >> CLASS_SHIFT) >= class_
         else:
-            later = next_ + sign * (tokens << G_BITS)
-            turn = tl.where(source, tl.where(tokens < need, later, BIG), turn)
-        next_ = tl.min(turn, 0)
+            again = next_ + sign * (tokens << G_BITS)
+        again = tl.where(rest > 0, again, BIG)
+        turn = tl.where(source, again, turn)
+
+        slack = tl.where(target, tl.where(full, 0, slack - takes), slack)
+        slack = tl.where(source, tl.maximum(-rest, 0), slack)
+        rows = _replaced(rows, rows[0] - tl.where(source, tokens << M_BITS, 0))
         slot = tl.max(tl.where(target, slots - free, 0), 0) if S > 1 else 0
         entry = (code.to(tl.int64) << CODE_SHIFT) | tokens.to(UNSIGNED).to(tl.int64)
         tl.store(table + at * S + slot, entry, mask=found)
         free -= target.to(tl.int32)
+        if TIMED:
+            sent += source.to(tl.int32)
+        copies += 1
+        kept += tl.minimum(tokens, chosen >> G_BITS)
+        stays = again < other
+        next_ = tl.minimum(again, other)
+        hot = tl.where(stays, left, other_hot)
+        if FILL:
+            need = tl.where(stays, rest, other_need)
 
     found = found & (next_ == BIG)
     if found:
         lost = tl.zeros((GP,), KEY)
-        for m in tl.static_range(M):
-            local = (MP - 1 - (rows[m] & (MP - 1))).to(tl.int32)
-            own = tl.load(own_p + local * R + first_rank + g, mask=g < D, other=0).to(KEY)
-            lost += tl.maximum(own - (rows[m] >> M_BITS), 0)
+        for i in tl.static_range(M):
+            local = (MP - 1 - (rows[i] & (MP - 1))).to(tl.int32)
+            had = tl.load(own_p + local * R + first_rank + g, mask=g < D, other=0).to(KEY)
+            lost += tl.maximum(had - (rows[i] >> M_BITS), 0)
         stay = kept - tl.sum(lost, 0)
         shift = 0
         if KEY == tl.int64:
             while (total >> (31 + shift)) > 0:
                 shift += 1
         cost = (mean >> shift).to(tl.int64) * copies - WORTH * (stay >> shift).to(tl.int64)
-        cost += tl.min(touched >> 31, 0)  # zero: uses what was prefetched
         key = (class_.to(tl.int64) << CLASS_SHIFT) + ((cost + COST_BIAS) << 8) + c
+        if TIMED:
+            moved = tl.max(tl.maximum(sent, slots - free), 0)
+            key = ((tau + copy_tokens.to(tl.int64) * moved) << 8) + c
+        key += tl.min(touched >> 31, 0)  # zero: uses what was prefetched
         tl.atomic_min(key_p, key, sem="relaxed")
     return found
 
@@ -239,8 +277,8 @@ def _wait_for_ladder(key_p, done_p):
 @triton.jit
 def _candidate(
     rows, c, sign, near, near_full, best_fit, slots, own_p, counts_p, column_p, key_p, fine_p, done_p, table_p, tolerance,
-    first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr,
-    SP: tl.constexpr, EVEN: tl.constexpr, KEY: tl.constexpr,
+    copy_tokens, first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr,
+    M_BITS: tl.constexpr, SP: tl.constexpr, EVEN: tl.constexpr, TIMED: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """The threshold and the class of candidate c, and its search. rows: the experts' tokens, by local index."""
     MP: tl.constexpr = 1 << M_BITS
@@ -262,11 +300,11 @@ def _candidate(
     good = whole * (10000 + tolerance) + rest * (10000 + tolerance) // UNIT
     good = tl.maximum(mean, good.to(KEY))
     if worst > good:
-        packed = _hottest_first(packed, M_BITS)[:M]
+        order = _hottest_first(packed, M_BITS)[:M]
         if c < FEW:
-            found = _find_copies(packed, good, mean, worst, total, c, c * 0, sign, near, near_full, best_fit, slots, own_p,
-                                 counts_p, column_p, key_p, table_p, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN,
-                                 False, KEY)  # fmt: skip
+            found = _find_copies(order, load, good, mean, worst, total, c, c * 0, copy_tokens, sign, near, near_full, best_fit,
+                                 slots, own_p, counts_p, column_p, key_p, table_p, first_rank, R, D, M, S, G_BITS, M_BITS,
+                                 SP, EVEN, TIMED, False, KEY)  # fmt: skip
             if not found:
                 tl.atomic_add(done_p, 1, sem="acq_rel")
         else:
@@ -284,18 +322,18 @@ def _candidate(
                 tau = below + (step * (class_ + 1) // (RUNGS + 1)).to(KEY)
                 key_here = fine_p
             if go:
-                _find_copies(packed, tau, mean, worst, total, c, class_, sign, near, near_full, best_fit, slots, own_p,
-                             counts_p, column_p, key_here, table_p, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN,
-                             True, KEY)  # fmt: skip
+                _find_copies(order, load, tau, mean, worst, total, c, class_, copy_tokens, sign, near, near_full, best_fit,
+                             slots, own_p, counts_p, column_p, key_here, table_p, first_rank, R, D, M, S, G_BITS, M_BITS,
+                             SP, EVEN, TIMED, True, KEY)  # fmt: skip
             if c < LADDER_ENDS:
                 tl.atomic_add(done_p, 1, sem="acq_rel")
 
 
 @triton.jit
 def search(
-    own_p, load_p, counts_p, column_p, slots_p, methods_p, key_p, flag_p, table_p, tolerance, R, DOMAINS,
-    D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr, SP: tl.constexpr,
-    EVEN: tl.constexpr, ALL_C: tl.constexpr, PDL: tl.constexpr,
+    own_p, load_p, counts_p, column_p, slots_p, methods_p, key_p, flag_p, table_p, tolerance, copy_tokens, R,
+    DOMAINS, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr, SP: tl.constexpr,
+    EVEN: tl.constexpr, ALL_C: tl.constexpr, TIMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One candidate of one domain. key: int64 [3, DOMAINS], the best of the ladder, of the refinement, and `done`."""
     GP: tl.constexpr = 1 << G_BITS
@@ -317,18 +355,18 @@ def search(
     if PDL:
         tl.extra.cuda.gdc_wait()
     rows = (tl.load(load_p + first_rank + g, mask=g < D, other=0),)
-    below = tl.minimum(rows[0], MOST).to(tl.int32)
+    load = rows[0]
     for m in tl.static_range(1, M):
         rows = rows + (tl.load(load_p + m * R + first_rank + g, mask=g < D, other=0),)
-        below = tl.minimum(below + tl.minimum(rows[m], MOST).to(tl.int32), MOST)
-    narrow = tl.max(below, 0) < MOST
+        load += rows[m]
+    narrow = tl.max(tl.minimum(load, MOST).to(tl.int32), 0) < MOST
     if c == 0:
         tl.store(flag_p + domain, narrow.to(tl.int32))
     keys, fine, done = key_p + domain, key_p + DOMAINS + domain, key_p + 2 * DOMAINS + domain
     table = table_p + domain.to(tl.int64) * ALL_C * (D * S)
     if narrow:
         _candidate(rows, c, sign, near, near_full, best_fit, slots, own_p, counts_p, column_p, keys, fine, done, table,
-                   tolerance, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, tl.int32)  # fmt: skip
+                   tolerance, copy_tokens, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, TIMED, tl.int32)  # fmt: skip
     else:
         _candidate(rows, c, sign, near, near_full, best_fit, slots, own_p, counts_p, column_p, keys, fine, done, table,
-                   tolerance, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, tl.int64)  # fmt: skip
+                   tolerance, copy_tokens, first_rank, R, D, M, S, G_BITS, M_BITS, SP, EVEN, TIMED, tl.int64)  # fmt: skip

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, guard_kernels, search_kernel, share_kernels
 
 INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "quota_p", "ids_p"}
-NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "n"}
+NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "copy_tokens", "n"}
 
 
 def compiled(kernel: Any, capability: int, warps: int, **constants: Any) -> dict[str, Any]:
@@ -93,9 +93,10 @@ def main(capability: int) -> None:
     """The planner for 64 ranks, 4 experts and 2 slots each; the counts of 8192 x 8 ids of 256 experts."""
     sizes = {"D": 64, "M": 4, "M_BITS": 2, "PDL": True}
     tables = {"S": 2, "ALL_C": search_kernel.CANDIDATES}
-    asm = compiled(search_kernel.search, capability, 1, **sizes, **tables, G_BITS=6, SP=2, EVEN=True)
-    # one instruction over the warp for every choice, nothing through shared memory
-    assert asm["ptx"].count("redux.sync") >= 14 and "st.shared" not in asm["ptx"] and asm["cubin"]
+    for timed in (False, True):
+        asm = compiled(search_kernel.search, capability, 1, **sizes, **tables, G_BITS=6, SP=2, EVEN=True, TIMED=timed)
+        # one instruction over the warp for every choice, nothing through shared memory
+        assert asm["ptx"].count("redux.sync") >= 14 and "st.shared" not in asm["ptx"] and asm["cubin"]
     for everyone in (False, True):
         common = {"ALL": everyone, "BLOCK": 16}
         compiled(share_kernels.prepare, capability, 4, **sizes, **common, G_BITS=6, DOMAINS=1, RP=64)

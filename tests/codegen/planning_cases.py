@@ -19,6 +19,7 @@ class Case(NamedTuple):
     slots: int | list[int]
     domain: int | None = None
     tolerance: float = 0.01
+    copy_tokens: int | None = None
 
 
 def small_cases() -> dict[str, Case]:
@@ -39,6 +40,9 @@ def small_cases() -> dict[str, Case]:
         "domains": Case(skewed(6, 2, 500, 6.0, seed=3), 1, domain=3),
         "domains of one": Case(skewed(3, 2, 500, 6.0, seed=3), 1, domain=1),
         "ranks without slots": Case(skewed(4, 3, 700, 6.0, seed=4), [2, 0, 1, 0]),
+        "fast, not even": Case(skewed(4, 4, 900, 8.0, seed=6), 2, copy_tokens=200),
+        "no copy pays": Case(skewed(4, 2, 900, 6.0, seed=3), 1, copy_tokens=10**6),
+        "fast with huge loads": Case(huge, 1, copy_tokens=2**20),
         "an empty rank": Case(spread([50, 40, 3, 2, 0, 0, 1, 1], 4), 2, tolerance=0.0),
     }
 
@@ -46,11 +50,13 @@ def small_cases() -> dict[str, Case]:
 def check_plan(case: Case, device: str, ranks: list[int | None]) -> None:
     """Placement, quotas and shares (of all ranks, or of one) equal the plan in plain Python bit for bit."""
     counts_RE, number = case.counts_RE, case.counts_RE.shape[0]
-    right = make_plan(counts_RE, case.slots, "quota", case.domain, tolerance=case.tolerance)
+    planner = "quota" if case.copy_tokens is None else f"quota:{case.copy_tokens}"
+    right = make_plan(counts_RE, case.slots, planner, case.domain, tolerance=case.tolerance)
     slots_R = [case.slots] * number if isinstance(case.slots, int) else case.slots
     on_device = counts_RE.int().contiguous().to(device)
     for rank in ranks:
-        made = plan_on_device(on_device, slots_R, rank, case.domain or number, round(case.tolerance * 10000))
+        domain, points = case.domain or number, round(case.tolerance * 10000)
+        made = plan_on_device(on_device, slots_R, rank, domain, points, case.copy_tokens)
         shares = right.shares_RP if rank is None else right.shares_RP[rank]
         assert torch.equal(made.slot_expert_RS.cpu(), right.slot_expert_RS)
         assert torch.equal(made.quota_P.cpu(), quotas(right))

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 GROUPS = {
     "edges": ["the example", "no tokens", "balanced", "one expert", "huge", "an empty rank"],
     "sizes": ["sizes that are no powers of two", "scarce slots"],
+    "time": ["fast, not even", "no copy pays", "fast with huge loads"],
     "topologies": ["domains", "domains of one", "ranks without slots"],
 }
 

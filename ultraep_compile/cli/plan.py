@@ -27,6 +27,9 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry per array.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write instances and shares to this .npz.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Add the exact optimum of small cases (MILP).")] = False,
+    rehome: Annotated[
+        bool, typer.Option("--rehome", help="First deal the experts over domains and ranks anew, for these very loads.")
+    ] = False,
 ) -> None:
     """Plan recorded loads: imbalance before and after, what no plan can beat, copies, traffic and time."""
     from ultraep_compile.loads_file import read_loads
@@ -35,7 +38,7 @@ def plan(
     cases = read_loads(loads)
     rows, tables = [], {}
     for name, counts in _progress(cases):
-        row, table = _case(name, counts, redundant_experts, planner, domain, exact)
+        row, table = _case(name, counts, redundant_experts, planner, domain, exact, rehome)
         rows.append(row)
         tables |= table
     if out is not None:
@@ -67,25 +70,28 @@ def _check(planner: str, domain: int | None, out: Path | None) -> None:
 
 
 def _case(
-    name: str, counts: Any, slots: int, planner: str, domain: int | None, exact: bool
+    name: str, counts: Any, slots: int, planner: str, domain: int | None, exact: bool, rehome: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The JSON entry of one array, and its part of PLAN.npz."""
     import torch
 
     from ultraep_compile.planner import imbalance, loads_before, lower_bound, make_plan
     from ultraep_compile.planner.figures import plan_figures, plan_table
+    from ultraep_compile.planner.homes import in_order, spread_homes
     from ultraep_compile.planner.ideal import forced_counts
     from ultraep_compile.planner.registry import IDEAL
 
     given_RE = torch.from_numpy(counts)
     ideal = planner == IDEAL
-    counts_RE = forced_counts(given_RE) if ideal else given_RE
     if domain is not None and counts.shape[0] % domain:
         raise TopologyError(
             f"Array {name!r}: --domain {domain} does not divide its {counts.shape[0]} ranks. "
             f"Choose a divisor of {counts.shape[0]}."
         )
     try:
+        order_E = spread_homes(given_RE, domain) if rehome else torch.arange(counts.shape[1])
+        moved_RE = in_order(given_RE, order_E)
+        counts_RE = forced_counts(moved_RE) if ideal else moved_RE
         best = float("inf")
         for _ in range(REPEATS):
             start = time.perf_counter_ns()
@@ -99,11 +105,15 @@ def _case(
     row |= {key: figures[key] for key in ("replicas", "max_ingress", "max_egress", "remote_share")}
     row["microseconds"] = 0.0 if ideal else round(best, 1)
     if exact:
-        row["optimum"] = _optimum(counts, slots, domain)
+        row["optimum"] = _optimum(moved_RE.numpy(), slots, domain)
+    if rehome:
+        row["lower_bound_at_home"] = lower_bound(given_RE, slots, domain)
     if ideal:
         return row, {}
     instances, shares = plan_table(made)
-    return row, {f"{name}/instances": instances, f"{name}/shares": shares}
+    instances[:, 0] = order_E.numpy()[instances[:, 0]]
+    homes = {f"{name}/homes": order_E.int().numpy()} if rehome else {}
+    return row, {f"{name}/instances": instances, f"{name}/shares": shares, **homes}
 
 
 def _optimum(counts: Any, slots: int, domain: int | None) -> float | None:
@@ -140,12 +150,15 @@ def _print_table(rows: list[dict[str, Any]], planner: str, slots: int, domain: i
     where = f", domains of {domain} ranks" if domain else ""
     table = Table(title=f"planner {planner}, {slots} slots a rank{where}; imbalance is max/mean of the ranks' loads")
     table.add_column("loads", no_wrap=True)
-    heads = ["before", "after", "no plan below", *(["optimum"] if "optimum" in rows[0] else [])]
+    rehomed, exact = "lower_bound_at_home" in rows[0], "optimum" in rows[0]
+    heads = ["before", *(["no plan below"] if rehomed else []), "after", f"no plan below{', rehomed' if rehomed else ''}"]
+    heads += ["optimum"] if exact else []
     for head in [*heads, "copies", "into one rank", "from one rank", "rows that leave", "µs"]:
         table.add_column(head, justify="right")
     for row in rows:
-        cells = [f"{row['before']:.3f}", f"{row['after']:.4f}", f"{row['lower_bound']:.4f}"]
-        if "optimum" in row:
+        cells = [f"{row['before']:.3f}", *([f"{row['lower_bound_at_home']:.4f}"] if rehomed else [])]
+        cells += [f"{row['after']:.4f}", f"{row['lower_bound']:.4f}"]
+        if exact:
             cells.append("-" if row["optimum"] is None else f"{row['optimum']:.4f}")
         cells += [str(row["replicas"]), str(row["max_ingress"]), str(row["max_egress"]), f"{row['remote_share']:.1%}"]
         table.add_row(row["name"], *cells, f"{row['microseconds']:.0f}")

@@ -39,6 +39,7 @@ Width = Annotated[int, typer.Option(help="Model width; a trace knows its own siz
 Ffn = Annotated[int, typer.Option(help="Inner width of an expert (gate, up and down).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Html = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")]
+Rehome = Annotated[int, typer.Option(help="Deal the experts over domains and ranks anew, by so many first microbatches.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Print the formulas of the cost model.")]
 
 
@@ -58,13 +59,14 @@ def replay(
     width: Width = 4096,
     ffn: Ffn = 1536,
     json: Json = False,
+    rehome: Rehome = 0,
     html: Html = None,
     explain: Explain = False,
 ) -> None:
     """Replay loads through several planners: predicted step time, memory, traffic, break-even and best slots."""
     from ultraep_compile.cost_model import PHASES, Layer, Rates
     from ultraep_compile.cost_model import explain as explain_formulas
-    from ultraep_compile.replay import Question, Spec, page, read_source
+    from ultraep_compile.replay import Question, Spec, page, read_source, rehomed
     from ultraep_compile.replay import replay as run
     from ultraep_compile.workloads import Setting
 
@@ -79,6 +81,8 @@ def replay(
     specs = tuple(dict.fromkeys(Spec.parse(text) for text in planners.split(",")))
     setting = Setting(microbatches, ranks, experts, top_k, tokens, seed)
     found = read_source(source, setting, Layer.gated(width, ffn, top_k), microbatches)
+    if rehome:
+        found = rehomed(found, rehome, domain)
     question = Question(
         specs, _slots(slots, found, domain), Rates.load(rates) if rates else Rates(), phase, domain
     )

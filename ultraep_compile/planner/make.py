@@ -16,7 +16,7 @@ from ultraep_compile.planner.checks import check_matrix, check_values
 from ultraep_compile.planner.placement import Placement
 from ultraep_compile.planner.plan import Plan, as_plan
 from ultraep_compile.planner.quota import TOLERANCE, plan_quota
-from ultraep_compile.planner.registry import Planner, planner_by_name
+from ultraep_compile.planner.registry import Planner, planner_by_name, split_name
 from ultraep_compile.planner.shares import split_quotas
 from ultraep_compile.planner.topology import Topology, make_topology
 
@@ -38,7 +38,8 @@ def make_plan(
     Parameters:
         counts_RE: int32 or int64 [R, E], tokens of each source rank for each logical expert, on any device.
         redundant_experts: slots of every rank, or of each; S is the largest. 0: a rank without slots.
-        planner: a name in `PLANNERS`.
+        planner: a name in `PLANNERS`. `quota:N`, where one copy takes as long as N tokens: the fastest plan, not the
+            most even one.
         domain: ranks d*domain..(d+1)*domain-1 exchange copies among themselves only. None: all with all.
         experts_per_rank: how many experts are at home at each rank, in order. None: equally many. Otherwise M is
             the largest number, and physical ids of masters that a rank lacks get no tokens.
@@ -51,16 +52,17 @@ def make_plan(
     Raises:
         LoadsError, TopologyError, OptionError: with what to pass instead.
     """
-    points, solve = _basis_points(tolerance, planner), planner_by_name(planner)
+    name, copy_tokens = split_name(planner)
+    points, solve = _basis_points(tolerance, name), planner_by_name(planner)
     topology = make_topology(*check_matrix(counts_RE), redundant_experts, domain, experts_per_rank)
-    if counts_RE.is_cuda and not check and topology.is_even and (planner == "none" or topology.slots == 0):
+    if counts_RE.is_cuda and not check and topology.is_even and (name == "none" or topology.slots == 0):
         return _without_copies(counts_RE, topology)
-    if counts_RE.is_cuda and planner == "quota" and _kernels_fit(topology):
+    if counts_RE.is_cuda and name == "quota" and _kernels_fit(topology):
         if check:
             check_values(counts_RE)
-        return _plan_on_device(counts_RE, topology, points)
-    if planner == "quota":
-        solve = partial(plan_quota, tolerance=points)
+        return _plan_on_device(counts_RE, topology, points, copy_tokens)
+    if name == "quota":
+        solve = partial(plan_quota, tolerance=points, copy_tokens=copy_tokens)
     counts_RC = _padded(check_values(counts_RE), topology)
     placement = _by_domain(solve, counts_RC, topology)
     shares_RP = split_quotas(counts_RC, *placement)
@@ -126,7 +128,7 @@ def _without_copies(counts_RE: Tensor, topology: Topology) -> Plan:
     return Plan(counts_RE.new_full((ranks, slots), -1, dtype=torch.int32), shares.view(ranks, -1))
 
 
-def _plan_on_device(counts_RE: Tensor, topology: Topology, tolerance: int) -> Plan:
+def _plan_on_device(counts_RE: Tensor, topology: Topology, tolerance: int, copy_tokens: int | None) -> Plan:
     from ultraep_compile.codegen.planner_kernels import plan_on_device
 
     counts_RC = counts_RE.to(torch.int32).contiguous()
@@ -134,7 +136,7 @@ def _plan_on_device(counts_RE: Tensor, topology: Topology, tolerance: int) -> Pl
         column_E = torch.from_numpy(topology.column_E).to(counts_RE.device)
         padded = counts_RC.new_zeros(topology.ranks, topology.ranks * topology.masters)
         counts_RC = padded.index_copy_(1, column_E, counts_RC)
-    made = plan_on_device(counts_RC, topology.slots_R, None, topology.domain, tolerance)
+    made = plan_on_device(counts_RC, topology.slots_R, None, topology.domain, tolerance, copy_tokens)
     slot_expert_RS = made.slot_expert_RS
     if not topology.is_even:
         expert_C = torch.from_numpy(topology.expert_C).to(counts_RE.device, torch.int32)

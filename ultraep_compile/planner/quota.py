@@ -3,6 +3,9 @@
 Copies cost memory traffic, tokens that leave their rank cost network traffic: of the plans found at a
 threshold, the one is taken in which every copy is worth mean/40 tokens that stay at home.
 
+With `copy_tokens` the aim is time: of all thresholds of the ladder the one is taken at which the fullest rank's tokens
+and what its copies cost are least in sum; often that is fewer copies, and none where they would not pay.
+
 Where the good enough threshold is out of reach, a ladder of 32 thresholds leads up to the unbalanced maximum,
 and 32 more divide the step below the lowest that is reached. All of them are known beforehand, so that a GPU
 tries them side by side (`codegen/planner_kernels`, which makes the same plans); here they are tried in turn.
@@ -10,6 +13,7 @@ tries them side by side (`codegen/planner_kernels`, which makes the same plans);
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from numpy.typing import NDArray
@@ -35,13 +39,21 @@ LOW_LOAD = (
 
 
 @register("quota")
-def plan_quota(counts_RE: NDArray, slots: int | NDArray, tolerance: int = TOLERANCE) -> Placement:
-    """Search at the good enough threshold, then at higher ones until some method finds copies."""
+def plan_quota(
+    counts_RE: NDArray, slots: int | NDArray, tolerance: int = TOLERANCE, copy_tokens: int | None = None
+) -> Placement:
+    """Search at the good enough threshold, then at higher ones until some method finds copies.
+
+    copy_tokens: tokens that a rank computes while one copy travels; the plan is then the fastest, not the most even.
+    """
     problem = Problem(counts_RE, slots)
     good_enough = max(problem.mean, problem.total * (10000 + tolerance) // (10000 * problem.ranks))
     found = None
     if problem.worst > good_enough and any(problem.slots):
-        found = _cheapest(problem, good_enough, FEW_COPIES) or _lowest(problem, good_enough)
+        if copy_tokens is None:
+            found = _cheapest(problem, good_enough, FEW_COPIES) or _lowest(problem, good_enough)
+        else:
+            found = _fastest(problem, good_enough, copy_tokens)
     return place(problem.loads_RM, max(problem.slots), problem.copies(found) if found else None)
 
 
@@ -75,6 +87,26 @@ def _first(problem: Problem, taus: Iterable[int]) -> tuple[int, Found | None]:
         if found := _cheapest(problem, tau, LOW_LOAD):
             return at, found
     return at, None
+
+
+def _fastest(problem: Problem, good_enough: int, copy_tokens: int) -> Found | None:
+    """The plan with the least time, in tokens; the first of equals."""
+    taus = ladder(good_enough, problem.mean, problem.worst)
+    best, least = None, 1 << 62
+    for tau, methods in [(good_enough, FEW_COPIES), *((tau, LOW_LOAD) for tau in taus)]:
+        if tau > least:
+            break
+        for method in methods:
+            one = find_copies(problem, tau, method)
+            if one is not None and (time := tau + copy_tokens * _most_moved(one)) < least:
+                best, least = one, time
+    return best
+
+
+def _most_moved(found: Found) -> int:
+    """The most copies that one rank sends or receives: ranks move theirs side by side."""
+    ends = [Counter(export[end] for export in found.exports) for end in (0, 2)]
+    return max((number for counter in ends for number in counter.values()), default=0)
 
 
 def _cheapest(problem: Problem, tau: int, methods: tuple[Method, ...]) -> Found | None:

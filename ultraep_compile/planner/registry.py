@@ -7,6 +7,7 @@ own. They register that rule as `divide`; called as a planner they take the coun
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ P = TypeVar("P", bound=Planner)
 Divide = Callable[[NDArray, NDArray], NDArray]  # (counts_RE, slot_expert_RS) -> quota_P int64 [P]
 PLANNERS: dict[str, Planner] = {}
 DIVIDE: dict[str, Divide] = {}
+MOST_TOKENS = 2**24  # that a copy may cost: keys of the kernels hold this times the ranks
 IDEAL = "ideal"  # a figure beside the planners: what a router with perfectly even counts would cost
 
 
@@ -35,8 +37,25 @@ def register(name: str, divide: Divide | None = None) -> Callable[[P], P]:
     return add
 
 
+def split_name(name: str) -> tuple[str, int | None]:
+    """`quota:2000` as ("quota", 2000): a copy takes as long as 2000 tokens. Other names have no number.
+
+    Where a number comes from: `cost_model.copy_tokens`, printed by `replay` for the layers at hand.
+    """
+    base, colon, number = str(name).partition(":")
+    if not colon:
+        return base, None
+    if base != "quota" or not (number.isascii() and number.isdigit() and int(number) <= MOST_TOKENS):
+        raise OptionError(
+            f"The planner {name!r} is not known. Only quota takes a number: quota:2000 makes a copy where it saves the "
+            f"fullest rank more than the 2000 tokens that could be computed while it travels (0 to {MOST_TOKENS})."
+        )
+    return base, int(number)
+
+
 def planner_by_name(name: str) -> Planner:
     """The planner, or an OptionError that names the nearest one."""
+    name, copy_tokens = split_name(name)
     if name == IDEAL:
         raise OptionError(
             "The planner 'ideal' is a figure and no plan: what a router with perfectly even counts would cost. "
@@ -44,7 +63,7 @@ def planner_by_name(name: str) -> Planner:
         )
     if name not in PLANNERS:
         raise OptionError(f"There is no planner {name!r}. {nearest(str(name), PLANNERS)}")
-    return PLANNERS[name]
+    return PLANNERS[name] if copy_tokens is None else partial(PLANNERS[name], copy_tokens=copy_tokens)
 
 
 def uses_history(name: str) -> bool:

@@ -7,6 +7,6 @@
 
 from ultraep_compile.replay.page import page
 from ultraep_compile.replay.run import Outcome, Question, Replayed, Spec, replay
-from ultraep_compile.replay.source import Sequence, Source, read_source
+from ultraep_compile.replay.source import Sequence, Source, read_source, rehomed
 
-__all__ = ["Outcome", "Question", "Replayed", "Sequence", "Source", "Spec", "page", "read_source", "replay"]
+__all__ = ["Outcome", "Question", "Replayed", "Sequence", "Source", "Spec", "page", "read_source", "rehomed", "replay"]

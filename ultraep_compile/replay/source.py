@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ultraep_compile.cost_model import Layer
 from ultraep_compile.errors import OptionError, TraceError, nearest
 from ultraep_compile.loads_file import read_loads
+from ultraep_compile.planner.homes import in_order, spread_homes
 from ultraep_compile.workloads import WORKLOADS, Setting, generate
 
 
@@ -48,6 +50,21 @@ def read_source(name: str, setting: Setting, layer: Layer, limit: int | None = N
     sequences = _from_trace(path, layer) if _is_trace(path) else _from_loads(path, layer)
     cut = [Sequence(s.name, s.counts_NRE[:limit], s.layer) for s in sequences]
     return Source(path.name, cut)
+
+
+def rehomed(source: Source, microbatches: int, domain: int | None) -> Source:
+    """The source after its first microbatches, with experts dealt over domains and ranks as those suggest."""
+    sequences = []
+    for one in source.sequences:
+        if not 0 < microbatches < len(one.counts_NRE):
+            raise OptionError(
+                f"{one.name}: {len(one.counts_NRE)} microbatches cannot spare {microbatches} to choose homes by. "
+                f"Choose 1 to {len(one.counts_NRE) - 1}, or give more microbatches."
+            )
+        counts_NRE = torch.from_numpy(one.counts_NRE)
+        order_E = spread_homes(counts_NRE[:microbatches], domain)
+        sequences.append(Sequence(one.name, in_order(counts_NRE[microbatches:], order_E).numpy(), one.layer))
+    return Source(f"{source.title}, experts rehomed after {microbatches} microbatches", sequences)
 
 
 def _is_trace(path: Path) -> bool:
