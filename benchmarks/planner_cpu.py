@@ -1,10 +1,11 @@
 """Time and quality of the planner on recorded load matrices, on one CPU core.
 
-    python benchmarks/planner_cpu.py LOADS.npz [--public FIGURES.json] [--repetitions 20] [--planner quota]
+    python benchmarks/planner_cpu.py LOADS.npz [--public FIGURES.json] [--repetitions 20] [--planner quota] [--predict]
 
 LOADS.npz holds int matrices [ranks, experts]. FIGURES.json, if given, holds under "rows" what another planner
 makes of them (name, redundant, after, replicas, remote_local); rows that repeat a (name, redundant) are
-ignored. Every plan is validated before anything is timed. One warm-up call per matrix, then the repetitions;
+ignored. --predict: the cost model's time of a training step of one layer (experts of 4096 x 1536 in bf16, top-8, H100
+rates) under other planners over that under quota:N, with the N of these rates. Every plan is validated before anything is timed. One warm-up call per matrix, then the repetitions;
 the process should have a core to itself.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 import ultraep_compile.planner as planning
+from ultraep_compile.cost_model import Layer, Loads, Rates, copy_tokens, evaluate, occurrences
 
 BALANCED = 1.0105  # max/mean that reads as 1.01
 ROUNDING = 5e-5  # published figures have four decimals
@@ -68,6 +70,26 @@ def compare(ours: list[dict], theirs: list[dict]) -> None:
     print(f"  share of tokens leaving their rank not above theirs: {local} of {len(pairs)} rows")
 
 
+def predict(loads: dict[str, torch.Tensor], slots: int) -> None:
+    """Print predicted times over those of `quota:N`, with copies in full view and with relays and overlap."""
+    layer = Layer.gated(4096, 1536, 8)
+    for title, rates in (("nothing hidden", Rates()), ("relays, 60% hidden", Rates(relay_from=4, exposed=0.4))):
+        ours = f"quota:{copy_tokens(layer, rates)}"
+        times = {
+            planner: np.array([_predicted(c, slots, planner, layer, rates) for c in loads.values()])
+            for planner in ("none", "greedy", "quota", ours)
+        }
+        print(f"\npredicted time over {ours}, {slots} slots, {len(loads)} loads, {title}: mean, least, most")
+        for planner in ("none", "greedy", "quota"):
+            ratio = times[planner] / times[ours]
+            print(f"  {planner:7} {ratio.mean():.3f} {ratio.min():.3f} {ratio.max():.3f}")
+
+
+def _predicted(counts_RE: torch.Tensor, slots: int, planner: str, layer: Layer, rates: Rates) -> float:
+    plan = planning.make_plan(counts_RE, slots, planner)
+    return evaluate(Loads.of(plan, rates), layer, rates, occurrences("train", planner != "none")).total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loads", type=Path)
@@ -75,6 +97,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--planner", default="quota")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--predict", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -87,6 +110,8 @@ def main() -> None:
         rows = {(r["name"], r["redundant"]): r for r in reversed(json.loads(args.public.read_text())["rows"])}
         rows = {key: row for key, row in rows.items() if key in figures and row["remote_local"] is not None}
         compare([figures[key] for key in rows], list(rows.values()))
+    if args.predict:
+        predict(loads, max(args.slots))
 
     print(
         f"\n{platform.processor() or platform.machine()}, 1 thread; Python {platform.python_version()}, ",

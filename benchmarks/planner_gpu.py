@@ -1,6 +1,7 @@
 """The planner's kernels on a GPU: first exact against the planner in plain Python, then timed.
 
     python -m benchmarks.planner_gpu [LOADS.npz] [--out RESULTS.json] [--only exact|rows|scaling|counts|frontier]
+    python -m benchmarks.planner_gpu --draw RESULTS.json            # its frontier as a picture beside it; needs no GPU
 
 LOADS.npz holds int matrices [ranks, experts] (default: the seeded ones of `loads()`). Times are of 16 plans
 chained in one CUDA graph, so that launching the graph does not count; median of 25 replays, over 16, with the
@@ -16,7 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,23 +63,29 @@ def microseconds(function: Callable[[], object], chain: int = CHAIN) -> float:
     return statistics.median(samples[4:])
 
 
-def check_exact(counts: np.ndarray, slots: int, tolerance: float = 0.01) -> dict[str, float]:
+def check_exact(
+    counts: np.ndarray, slots: int, tolerance: float = 0.01, copy_tokens: int | None = None
+) -> dict[str, float]:
     """Raises unless the kernels' plan is the plan in plain Python; its figures."""
     counts_RE = torch.from_numpy(counts)
-    right = make_plan(counts_RE, slots, tolerance=tolerance)
+    planner = "quota" if copy_tokens is None else f"quota:{copy_tokens}"
+    right = make_plan(counts_RE, slots, planner, tolerance=tolerance)
     ranks = counts.shape[0]
     for rank in (None, ranks // 3):
-        made = plan_on_device(counts_RE.cuda(), [slots] * ranks, rank, ranks, round(tolerance * 10000))
+        made = plan_on_device(counts_RE.cuda(), [slots] * ranks, rank, ranks, round(tolerance * 10000), copy_tokens)
         assert torch.equal(made.slot_expert_RS.cpu(), right.slot_expert_RS)
         assert torch.equal(made.quota_P.cpu(), quotas(right))
         assert torch.equal(made.shares.cpu(), right.shares_RP if rank is None else right.shares_RP[rank])
     return {"after": imbalance(loads_after(right)), "copies": replica_count(right)}
 
 
-def plan_times(counts: np.ndarray, slots: int, stages: bool, tolerance: float = 0.01) -> dict[str, float]:
+def plan_times(
+    counts: np.ndarray, slots: int, stages: bool, tolerance: float = 0.01, copy_tokens: int | None = None
+) -> dict[str, float]:
     """Microseconds of a plan with one rank's shares, and of its stages by themselves."""
     ranks = counts.shape[0]
-    arguments = (torch.from_numpy(counts).cuda(), [slots] * ranks, ranks // 3, ranks, round(tolerance * 10000))
+    points = round(tolerance * 10000)
+    arguments = (torch.from_numpy(counts).cuda(), [slots] * ranks, ranks // 3, ranks, points, copy_tokens)
     out = {"plan": microseconds(lambda: plan_on_device(*arguments))}
     if stages:
         _, launches = planning_stages(*arguments)
@@ -89,21 +96,28 @@ def plan_times(counts: np.ndarray, slots: int, stages: bool, tolerance: float = 
     return out
 
 
-def warm_up(shapes: list[tuple[int, int]], slots: list[int]) -> None:
-    """Compile all that will be needed into Triton's cache, several processes at a time."""
-    jobs = [f"{ranks},{experts},{s}" for ranks, experts in shapes for s in slots]
+def warm_up(wanted: Iterable[tuple[tuple[int, int], int]]) -> None:
+    """Compile all that will be needed into Triton's cache, several processes at a time; the slowest ones first."""
+    jobs = sorted((f"{ranks},{experts},{s}" for (ranks, experts), s in wanted), key=_masters, reverse=True)
 
     def job(at: str) -> None:
         subprocess.run([sys.executable, "-m", "benchmarks.planner_gpu", "--compile", at], check=True)
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
         list(pool.map(job, jobs))
+
+
+def _masters(job: str) -> float:
+    ranks, experts, _ = map(int, job.split(","))
+    return experts / ranks
 
 
 def compile_for(ranks: int, experts: int, slots: int) -> None:
     counts_RE = torch.from_numpy(loads(ranks, experts, 1.0)).cuda()
     for rank in (None, ranks // 3):
         plan_on_device(counts_RE, [slots] * ranks, rank, ranks)
+    if (ranks, experts) == (64, 256):
+        plan_on_device(counts_RE, [slots] * ranks, 1, ranks, copy_tokens=1000)
     torch.cuda.synchronize()
 
 
@@ -157,26 +171,57 @@ def counting() -> dict:
 
 
 def frontier(matrices: dict[str, np.ndarray]) -> list[dict]:
-    """Balance, copies and time against the tolerance, over the matrices with the most common shape of 64 ranks."""
+    """Balance, copies and time against the tolerance and against the price of a copy, over the matrices of 64 x 256."""
     chosen = {n: c for n, c in matrices.items() if c.shape == (64, 256)}
     points = []
-    for tolerance in (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1):
+    settings = [(t, None) for t in (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)]
+    for tolerance, price in [*settings, *((0.01, n) for n in (0, 250, 500, 1000, 2000, 4000, 8000))]:
         rows = [
-            (check_exact(c, s, tolerance), plan_times(c, s, False, tolerance)["plan"])
+            (check_exact(c, s, tolerance, price), plan_times(c, s, False, tolerance, price)["plan"])
             for c in chosen.values()
             for s in (1, 2)
         ]
         points.append(
             {
                 "tolerance": tolerance,
+                "copy_tokens": price,
                 "after": statistics.mean(q["after"] for q, _ in rows),
                 "copies": statistics.mean(q["copies"] for q, _ in rows),
                 "median_us": statistics.median(t for _, t in rows),
                 "worst_us": max(t for _, t in rows),
             }
         )
-        print("  " + ", ".join(f"{k} {v:.4g}" for k, v in points[-1].items()))
+        print("  " + ", ".join(f"{k} {v:.4g}" for k, v in points[-1].items() if v is not None))
     return points
+
+
+def draw(record: Path) -> None:
+    """Copies against balance, with the time of a plan at every point."""
+    import matplotlib.pyplot as plt
+
+    found = json.loads(record.read_text())
+    figure, (copies, times) = plt.subplots(1, 2, figsize=(12, 4.6))
+    for priced, colour, label in ((False, "#1f77b4", "tolerance"), (True, "#d62728", "tokens that a copy costs")):
+        points = [p for p in found["frontier"] if (p["copy_tokens"] is not None) == priced]
+        x = [p["after"] for p in points]
+        names = [f"{p['copy_tokens']}" if priced else f"{p['tolerance']:.2%}".rstrip("0%").rstrip(".") + "%" for p in points]
+        copies.plot(x, [p["copies"] for p in points], "o-", color=colour, label=f"by {label}")
+        times.plot(x, [p["median_us"] for p in points], "o-", color=colour, label="median")
+        times.plot(x, [p["worst_us"] for p in points], "^:", color=colour, label="worst")
+        for axis, key in ((copies, "copies"), (times, "median_us")):
+            for name, at, point in zip(names, x, points, strict=True):
+                axis.annotate(name, (at, point[key]), (4, 5), textcoords="offset points", fontsize=8, color=colour)
+    copies.set_ylabel("copies, mean")
+    times.set_ylabel("microseconds from counts to plan")
+    for axis in (copies, times):
+        axis.set_xlabel("largest load over the mean, mean of the plans")
+        axis.set_ylim(bottom=0)
+        axis.grid(color="#dcdcd8", linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.suptitle(f"64 ranks, 256 experts, 1 and 2 slots, real loads: {found['device']}", x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(record.with_name("frontier.png"), dpi=110)
 
 
 def main() -> None:
@@ -184,10 +229,13 @@ def main() -> None:
     parser.add_argument("loads", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", default=["exact", "rows", "counts", "frontier", "scaling"])
+    parser.add_argument("--draw", type=Path, metavar="RESULTS.json")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compile:
         return compile_for(*map(int, args.compile.split(",")))
+    if args.draw:
+        return draw(args.draw)
     if args.loads:
         with np.load(args.loads, allow_pickle=False) as archive:
             matrices = {name: archive[name].astype(np.int32) for name in archive.files}
@@ -195,9 +243,9 @@ def main() -> None:
         matrices = {f"lognormal{sigma}_{r}x{e}": loads(r, e, sigma) for r, e in SHAPES[:6] for sigma in (0.5, 1.0, 1.5)}
 
     shapes = list(dict.fromkeys(c.shape for c in matrices.values()))
-    warm_up(shapes, [1, 2])
-    if "scaling" in args.only:
-        warm_up(SHAPES, [2])
+    jobs = [(shape, s) for shape in shapes for s in (1, 2)]
+    jobs += [(shape, 2) for shape in SHAPES if "scaling" in args.only]
+    warm_up(dict.fromkeys(jobs))
     record: dict = {
         "command": f"python -m benchmarks.planner_gpu {args.loads.name if args.loads else ''}".strip(),
         "device": torch.cuda.get_device_name(),

@@ -22,8 +22,8 @@ from ultraep_compile.codegen.search_kernel import CANDIDATES, COARSE, METHODS, s
 from ultraep_compile.codegen.share_kernels import finish, prepare
 from ultraep_compile.planner.quota import TOLERANCE
 
-BLOCK, PREPARE_WARPS = 4, 4  # experts of a program of `prepare`
-INSTANCES, FINISH_WARPS = 16, 4  # physical experts of a program of `finish`
+BLOCK, PREPARE_WARPS = 4, 1  # experts of a program of `prepare`
+INSTANCES, FINISH_WARPS = 8, 4  # physical experts of a program of `finish`
 
 
 class DevicePlan(NamedTuple):

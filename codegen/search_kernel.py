@@ -66,9 +66,9 @@ def _exchanged(rows, size: tl.constexpr, apart: tl.constexpr):
     after = ()
     for i in tl.static_range(len(rows)):
         if (((i >> size) & 1) == 0) == ((i & apart) == 0):
-            after = after + (tl.maximum(rows[i], rows[i ^ apart]),)
+            after += (tl.maximum(rows[i], rows[i ^ apart]),)
         else:
-            after = after + (tl.minimum(rows[i], rows[i ^ apart]),)
+            after += (tl.minimum(rows[i], rows[i ^ apart]),)
     return after
 
 
@@ -89,9 +89,10 @@ def _replaced(rows, value):
     """Sorted rows with `value` in the place of the first, sorted again."""
     after = ()
     for i in tl.static_range(1, len(rows)):
-        after = after + (tl.maximum(value, rows[i]),)
+        after += (tl.maximum(value, rows[i]),)
         value = tl.minimum(value, rows[i])
-    return after + (value,)
+    after += (value,)
+    return after
 
 
 @triton.jit
@@ -148,11 +149,11 @@ def _find_copies(
     if KEY == tl.int32:
         sector = tl.arange(0, GP // 8)[:, None] * 8
         first = ((g << M_BITS) + (rows[0] & (MP - 1))) << G_BITS
-        touched |= _any(tl.load(columns + first[None, :] + sector, mask=(over > 0)[None, :], other=0))
+        touched |= _any(tl.load(columns + first[None, :] + sector, mask=(over > 0)[None, :] & (sector < D), other=0))
         if M > 1:  # the second one's, where the hottest alone cannot do
             second = ((g << M_BITS) + (rows[1] & (MP - 1))) << G_BITS
             also = over > rows[0] >> M_BITS
-            touched |= _any(tl.load(columns + second[None, :] + sector, mask=also[None, :], other=0))
+            touched |= _any(tl.load(columns + second[None, :] + sector, mask=also[None, :] & (sector < D), other=0))
         m = tl.arange(0, MP)[:, None]
         own = tl.load(own_p + m * R + first_rank + lane, mask=(m < M) & (lane < D), other=0)
         touched |= _any((own & 1).to(tl.int32))
@@ -257,7 +258,7 @@ def _find_copies(
         if TIMED:
             moved = tl.max(tl.maximum(sent, slots - free), 0)
             key = ((tau + copy_tokens.to(tl.int64) * moved) << 8) + c
-        key += tl.min(touched >> 31, 0)  # zero: uses what was prefetched
+        key += tl.min(touched >> 31, 0)  # zero, for nothing is negative: uses what was prefetched
         tl.atomic_min(key_p, key, sem="relaxed")
     return found
 
@@ -287,9 +288,9 @@ def _candidate(
     for m in tl.static_range(1, MP):
         if m < M:
             load += rows[m].to(KEY)
-            packed = packed + ((rows[m].to(KEY) << M_BITS) + (MP - 1 - m),)
+            packed += ((rows[m].to(KEY) << M_BITS) + (MP - 1 - m),)
         else:
-            packed = packed + (tl.full((1 << G_BITS,), -1, KEY),)
+            packed += (tl.full((1 << G_BITS,), -1, KEY),)
     total = tl.sum(load, 0)
     worst = tl.max(load, 0)
     mean = (total + D - 1) // D
@@ -357,7 +358,7 @@ def search(
     rows = (tl.load(load_p + first_rank + g, mask=g < D, other=0),)
     load = rows[0]
     for m in tl.static_range(1, M):
-        rows = rows + (tl.load(load_p + m * R + first_rank + g, mask=g < D, other=0),)
+        rows += (tl.load(load_p + m * R + first_rank + g, mask=g < D, other=0),)
         load += rows[m]
     narrow = tl.max(tl.minimum(load, MOST).to(tl.int32), 0) < MOST
     if c == 0:

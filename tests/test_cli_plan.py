@@ -286,6 +286,36 @@ def test_replay_of_a_recorded_trace(tmp_path, capsys):
     assert rows["quota"]["after_max"] < 1.02 < rows["none"]["after_p50"]
 
 
+def test_rehomed_plans_name_the_logical_experts(loads, capsys):
+    arguments = ("--redundant-experts", "1", "--domain", "4", "--rehome")
+    code, out, _ = run(capsys, "plan", "loads.npz", *arguments, "--json", "--out", "plan.npz")
+    assert code == 0
+    for row in json.loads(out):
+        assert set(row) == PLAN_KEYS | {"lower_bound_at_home"}
+        assert row["lower_bound"] <= row["lower_bound_at_home"] and row["lower_bound"] <= row["after"] + 1e-12
+        counts = loads[row["name"]]
+        with np.load("plan.npz", allow_pickle=False) as found:
+            instances, shares, homes = (found[f"{row['name']}/{part}"] for part in ("instances", "shares", "homes"))
+        assert sorted(homes.tolist()) == list(range(counts.shape[1]))
+        sent = np.zeros_like(counts, dtype=np.int64)
+        np.add.at(sent.T, instances[:, 0], shares.T)
+        assert np.array_equal(sent, counts)
+        masters = {tuple(pair) for pair in zip(homes.tolist(), (np.arange(homes.size) // (homes.size // counts.shape[0])).tolist(), strict=True)}
+        assert masters <= {tuple(pair) for pair in instances[:, :2].tolist()}
+    assert "rehomed" in run(capsys, "plan", "loads.npz", *arguments)[1]
+
+
+def test_replay_rehomed_and_by_time(capsys):
+    sizes = ("--ranks", "8", "--experts", "32", "--domain", "4", "--microbatches", "6", "--tokens", "1024")
+    at_home = replayed(capsys, "W2_hot_rank", *sizes, "--planners", "quota,quota:auto,quota:16000000", "--slots", "2")
+    by_planner = {row["planner"]: row for row in at_home["results"]}
+    assert by_planner["quota:auto"]["step_us"] <= by_planner["quota"]["step_us"]
+    assert by_planner["quota:16000000"]["replicas"] == 0 < by_planner["quota"]["replicas"]
+    moved = replayed(capsys, "W2_hot_rank", *sizes, "--planners", "quota", "--slots", "2", "--rehome", "2")
+    assert moved["lower_bound"]["2"] < 0.8 * at_home["lower_bound"]["2"] and "rehomed after 2" in moved["source"]
+    assert moved["layers"][0]["shape"][0] == 4
+
+
 def test_replay_of_load_matrices(loads, capsys):
     found = replayed(capsys, "loads.npz", "--planners", "quota", "--slots", "1")
     assert [layer["name"] for layer in found["layers"]] == ["4 ranks x 8 experts", "8 ranks x 32 experts"]
@@ -300,6 +330,8 @@ def test_replay_of_load_matrices(loads, capsys):
         (("zipff",), "There is no workload and no file 'zipff'. Did you mean 'zipf'?"),
         (("absent.npz",), "There is no file absent.npz"),
         (("zipf", "--planners", "quota,eplv"), "There is no planner 'eplv'. Did you mean"),
+        (("zipf", "--planners", "greedy:100"), "The planner 'greedy:100' is not known. Only quota takes a number"),
+        (("zipf", "--rehome", "32"), "32 microbatches cannot spare 32 to choose homes by"),
         (("zipf", "--planners", "eplb@x"), "after @ comes the number of microbatches"),
         (("zipf", "--planners", "none@4"), "none looks at no history"),
         (("zipf", "--planners", "eplb@32"), "32 microbatches are too few for a history of 32"),

@@ -270,6 +270,22 @@ def evaluate(loads: Loads, layer: Layer, rates: Rates, times: Mapping[str, float
     return StepTime(parts)
 
 
+def copy_tokens(layer: Layer, rates: Rates, phase: str = "train") -> int:
+    """Rows that a rank receives and computes in the time of one copy: N of the planner `quota:N`.
+
+    From the formulas, for one copy more into or out of the slowest rank (with half a tile of padding) and one row more.
+
+    >>> copy_tokens(Layer.gated(4096, 1536, 8), Rates())
+    1129
+    """
+    nothing = dict.fromkeys(Loads.__dataclass_fields__, np.zeros(1))
+    times = occurrences(phase, planned=False)
+    copy = Loads(**nothing | {"rows": np.array([rates.tile_rows / 2]), "sends": np.ones(1), "copies_out": np.ones(1)})
+    row = Loads(**nothing | {"rows": np.ones(1), "back": np.ones(1)})
+    of_copy, of_row = (evaluate(loads, layer, rates, times).total for loads in (copy, row))
+    return round(of_copy / of_row)
+
+
 def break_even(
     before: Loads, after: Loads, layer: Layer, rates: Rates, times: Mapping[str, float]
 ) -> float | None:

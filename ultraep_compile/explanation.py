@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ultraep_compile.config import Options
+from ultraep_compile.cost_model import Layer, Rates, copy_tokens
 from ultraep_compile.errors import SiteCountError
 from ultraep_compile.formulas import LayerCost, layer_cost
 from ultraep_compile.ladder.climb import Finding
@@ -41,6 +42,8 @@ class SiteReport:
     """`traced` (the graph shows the experts as they are), `lifted` (from a recorded forward), `unbalanceable`, `missed`."""
     matched: str = ""
     """What was recognised."""
+    copy_tokens: int | None = None
+    """Rows that a rank computes while one copy travels, at H100 rates: N of `planner="quota:N"`."""
 
     def to_json(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cost"}
@@ -92,6 +95,9 @@ class Explanation:
             lines += [f"  {s.reason}"] if s.reason else []
             if s.cost is not None:
                 lines += [f"  {name:<15} {value}" for name, value in s.cost.items()]
+            if s.copy_tokens is not None:
+                pays = f"{s.copy_tokens}/({s.top_k}*(imbalance - 1))"
+                lines.append(f"  {'copy_tokens':<15} {s.copy_tokens}: a copy pays from {pays} tokens a rank on (H100 rates, training)")
         lines.append(
             f"\nExpert parameters inside rewritten graphs: {self.rewritten_parameters:,} of {self.expert_parameters:,}."
         )
@@ -231,12 +237,14 @@ def _rewritten(name: str, site: Site, made: ExpertSite, finding: Finding | None)
         kept_bytes=program.kept_bytes_per_row,
         expert_bytes=sum(p.elements * p.dtype.itemsize for p in facts.params),
     )
+    layer = Layer(site.top_k, row_bytes, program.flops_per_row, int(cost.replica_bytes), int(cost.replica_bytes))
     rung = finding.rung if finding else "traced"
     proof = "row function proven on permuted, padded and poisoned rows"
     matched = finding.reason if finding and rung == "lifted" else f"goes by expert ids {site.ids.name} to {site.anchors[0].name}"
     return SiteReport(
-        name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched
-    )
+        name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched,
+        copy_tokens(layer, Rates()) if program.flops_per_row else None,
+    )  # fmt: skip
 
 
 def _missed(miss: Miss) -> SiteReport:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -47,8 +48,18 @@ def small_cases() -> dict[str, Case]:
     }
 
 
+_empty = Tensor.new_empty
+
+
+def _poisoned(like: Tensor, *size: Any, **options: Any) -> Tensor:
+    return _empty(like, *size, **options).random_(-(2**31), 2**31 - 1)
+
+
 def check_plan(case: Case, device: str, ranks: list[int | None]) -> None:
-    """Placement, quotas and shares (of all ranks, or of one) equal the plan in plain Python bit for bit."""
+    """Placement, quotas and shares (of all ranks, or of one) equal the plan in plain Python bit for bit.
+
+    Whatever is in the memory that the kernels are given: it is filled with numbers of either sign.
+    """
     counts_RE, number = case.counts_RE, case.counts_RE.shape[0]
     planner = "quota" if case.copy_tokens is None else f"quota:{case.copy_tokens}"
     right = make_plan(counts_RE, case.slots, planner, case.domain, tolerance=case.tolerance)
@@ -56,7 +67,8 @@ def check_plan(case: Case, device: str, ranks: list[int | None]) -> None:
     on_device = counts_RE.int().contiguous().to(device)
     for rank in ranks:
         domain, points = case.domain or number, round(case.tolerance * 10000)
-        made = plan_on_device(on_device, slots_R, rank, domain, points, case.copy_tokens)
+        with mock.patch.object(Tensor, "new_empty", _poisoned):
+            made = plan_on_device(on_device, slots_R, rank, domain, points, case.copy_tokens)
         shares = right.shares_RP if rank is None else right.shares_RP[rank]
         assert torch.equal(made.slot_expert_RS.cpu(), right.slot_expert_RS)
         assert torch.equal(made.quota_P.cpu(), quotas(right))

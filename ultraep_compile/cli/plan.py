@@ -23,7 +23,7 @@ def plan(
     domain: Annotated[
         int | None, typer.Option(help="Consecutive ranks that copies never leave, e.g. 8 for NVLink in a node.")
     ] = None,
-    planner: Annotated[str, typer.Option(help="quota, greedy, eplb, lplb, none or ideal.")] = "quota",
+    planner: Annotated[str, typer.Option(help="quota (or quota:N, a copy costs N tokens), greedy, eplb, lplb, none or ideal.")] = "quota",
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry per array.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write instances and shares to this .npz.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Add the exact optimum of small cases (MILP).")] = False,
@@ -53,10 +53,10 @@ def plan(
 
 def _check(planner: str, domain: int | None, out: Path | None) -> None:
     from ultraep_compile.planner import PLANNERS
-    from ultraep_compile.planner.registry import IDEAL
+    from ultraep_compile.planner.registry import IDEAL, split_name
 
     known = [*PLANNERS, IDEAL]
-    if planner not in known:
+    if split_name(planner)[0] not in known:
         raise OptionError(f"There is no planner {planner!r}. {nearest(planner, known)}")
     if domain is not None and domain < 1:
         raise OptionError(f"--domain is {domain}. Give the number of ranks in a domain, 1 or more.")

@@ -63,7 +63,8 @@ def planner_by_name(name: str) -> Planner:
         )
     if name not in PLANNERS:
         raise OptionError(f"There is no planner {name!r}. {nearest(str(name), PLANNERS)}")
-    return PLANNERS[name] if copy_tokens is None else partial(PLANNERS[name], copy_tokens=copy_tokens)
+    planner: Callable[..., Placement] = PLANNERS[name]
+    return planner if copy_tokens is None else partial(planner, copy_tokens=copy_tokens)
 
 
 def uses_history(name: str) -> bool:

@@ -13,22 +13,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ultraep_compile import cost_model
-from ultraep_compile.cost_model import Loads, Rates, StepTime
+from ultraep_compile.cost_model import Layer, Loads, Rates, StepTime
 from ultraep_compile.errors import OptionError, nearest
 from ultraep_compile.planner import PLANNERS, Plan, lower_bound, make_plan
 from ultraep_compile.planner.figures import plan_figures
 from ultraep_compile.planner.ideal import forced_counts
-from ultraep_compile.planner.registry import IDEAL
+from ultraep_compile.planner.registry import IDEAL, split_name
 from ultraep_compile.planner.stale import reuse_plan
 from ultraep_compile.replay.source import Sequence, Source
 
 BREAK_EVENS = 5  # microbatches of a layer that the break-even is solved for
+AUTO = "quota:auto"
 WORTH_A_SLOT = 0.002  # a slot more must save this share of the time
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A planner, and how many earlier microbatches it plans on: `eplb@8` plans on 8, and anew every 8; 0 = exact."""
+    """A planner, and how many earlier microbatches it plans on: `eplb@8` plans on 8, and anew every 8; 0 = exact.
+
+    `quota:auto` is `quota:N` with the N of each layer, see `cost_model.copy_tokens`.
+    """
 
     planner: str
     history: int = 0
@@ -38,7 +42,7 @@ class Spec:
         """From `quota` or `eplb@8`."""
         name, at, number = text.strip().partition("@")
         known = [*PLANNERS, IDEAL]
-        if name not in known:
+        if name != AUTO and split_name(name)[0] not in known:
             raise OptionError(f"There is no planner {name!r}. {nearest(name, known)}")
         if at and not (number.isascii() and number.isdigit() and 0 < int(number) < 10**6):
             raise OptionError(f"{text!r}: after @ comes the number of microbatches to plan on, as in {name}@8.")
@@ -49,6 +53,12 @@ class Spec:
     @property
     def uses_slots(self) -> bool:
         return self.planner not in ("none", IDEAL)
+
+    def for_layer(self, layer: Layer, rates: Rates, phase: str) -> Spec:
+        """With the number that `auto` stands for."""
+        if self.planner != AUTO:
+            return self
+        return Spec(f"quota:{cost_model.copy_tokens(layer, rates, phase)}", self.history)
 
     def __str__(self) -> str:
         return f"{self.planner}@{self.history}" if self.history else self.planner
@@ -267,7 +277,8 @@ def _records(
     times = cost_model.occurrences(question.phase, spec.uses_slots, spec.history)
     picked = set(np.linspace(0, len(bare) - 1, min(BREAK_EVENS, len(bare))).round().astype(int).tolist())
     records = []
-    for n, (counts_RE, plan) in enumerate(plans(sequence, spec, slots, start, question.domain)):
+    planned = spec.for_layer(layer, rates, question.phase)
+    for n, (counts_RE, plan) in enumerate(plans(sequence, planned, slots, start, question.domain)):
         loads = Loads.of(plan, rates, question.domain)
         solved = spec.uses_slots and n in picked
         records.append(
