@@ -3,7 +3,7 @@
 Symbols: R ranks, E experts, S slots per rank, M = E/R masters per rank, P = R*(M+S) physical experts. Pure
 integer arithmetic, so equal counts give equal plans on every rank without a broadcast. On the host a plan is
 made in numpy and plain integers: the arrays are small (64 x 256), where a numpy call costs a fraction of a torch
-call. Counts on a CUDA device stay there: `quota` is also four Triton launches that make the same plans.
+call. Counts on a CUDA device stay there: `quota` is also three Triton launches that make the same plans.
 """
 
 from __future__ import annotations
