@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ultraep_compile.codegen import dispatch_kernels as kernels
 from ultraep_compile.codegen import dispatch_reference as reference
-from ultraep_compile.codegen.reroute import Routing, Window, _interpreted
+from ultraep_compile.codegen.reroute import Routing, Window, interpreted
 from ultraep_compile.codegen.wire import SCALED, pack_rows_reference, packed_bytes, scales_at, unpack_rows_reference
 from ultraep_compile.ops.layout import ExpertLayout
 
@@ -211,7 +211,7 @@ def addresses(peers: Peers, device: torch.device) -> Tensor:
 
 
 def _in_torch(tensor: Tensor) -> bool:
-    return not tensor.is_cuda and not _interpreted()
+    return not tensor.is_cuda and not interpreted()
 
 
 def _programs(asked: int | None, work: int, device: torch.device) -> int:

@@ -70,7 +70,7 @@ def reroute_and_place(
         pairs of expert 0 are dealt over physical 0 and 3, so physical is [[3], [2], [0], [0]] and position
         [[1], [0], [0], [1]]; offsets of rank 0 are [0, 8, 8].
     """
-    if not ids_TK.is_cuda and not _interpreted():
+    if not ids_TK.is_cuda and not interpreted():
         return reroute_and_place_reference(
             ids_TK, slot_expert_RS, shares_RP, layout, rank, capacity, distinct=distinct, once_per_rank=once_per_rank
         )
@@ -90,7 +90,7 @@ def window(
     Example: shares [[2, 0, 1, 1], [0, 0, 0, 0]] with E=2, R=2, S=1, capacity 2, index 0: physical 3 (rank 1's slot)
     has one of its rank's two rows of this round; FIRST is [0, 2, 0, 1], COUNT [2, 0, 1, 1].
     """
-    if not shares_RP.is_cuda and not _interpreted():
+    if not shares_RP.is_cuda and not interpreted():
         return window_reference(shares_RP, layout, rank, capacity, index)
     index = index if isinstance(index, Tensor) else torch.tensor([index], dtype=torch.int32, device=shares_RP.device)
     made = _new_window(shares_RP, layout)
@@ -171,7 +171,7 @@ def _launch(tensor: Tensor) -> dict:
 
 
 @lru_cache(maxsize=1)
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Do kernels run on CPU tensors?"""
     return bool(triton.knobs.runtime.interpret)
 
