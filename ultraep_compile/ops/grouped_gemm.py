@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 ROW_ALIGNMENT = 8
+WIDTH_ALIGNMENT = 4
+"""With other widths a row's bits depend on its place in the block on a CPU; such products are padded with zeros."""
 CUDA_BLOCK = 128
 """Rows of one product of the library's: one shape, hence one kernel, hence the same bits."""
 
@@ -56,6 +58,12 @@ def _blockwise(x: Tensor, weight: Tensor, out: Tensor) -> None:
         out[i : i + CUDA_BLOCK] = (block @ weight)[: CUDA_BLOCK - missing]
 
 
+def _whole(matrix: Tensor, rows: int) -> Tensor:
+    """Zeros up to multiples of `WIDTH_ALIGNMENT`, in columns, and if `rows` in rows too."""
+    missing = [-n % WIDTH_ALIGNMENT for n in matrix.shape]
+    return torch.nn.functional.pad(matrix, (0, missing[1], 0, missing[0] if rows else 0))
+
+
 def _grouped_product(x: Tensor, masters: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
     kernels = _kernels(x)
     if kernels is not None:
@@ -71,6 +79,8 @@ def _grouped_product(x: Tensor, masters: Tensor, slots: Tensor, offsets: Tensor)
         weight = masters[g] if g < split else slots[g - split]
         if x.device.type == "cuda":
             _blockwise(x[a:b], weight, y[a:b])
+        elif x.shape[1] % WIDTH_ALIGNMENT or outer % WIDTH_ALIGNMENT:
+            y[a:b] = torch.mm(_whole(x[a:b].to(dtype), 0), _whole(weight.to(dtype), 1))[:, :outer]
         elif dtype == x.dtype:
             torch.mm(x[a:b], weight, out=y[a:b])
         else:
