@@ -26,6 +26,8 @@ def balance(**options: Any) -> Callable[[Model], Model]:
 
         @ultraep_compile.balance(ranks=8, redundant_experts=2)
         class MyMoE(nn.Module): ...
+
+    `ultraep_compile.pipeline` takes decorated instances too: it compiles the layers of its stages with these options.
     """
     chosen = Options.of(options)
 
@@ -52,12 +54,26 @@ def balance(**options: Any) -> Callable[[Model], Model]:
     return decorate
 
 
+_waiting: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()  # for their first call
+
+
+def take_options(model: nn.Module) -> Options | None:
+    """The options that a decorated instance would be compiled with at its first call, which then no longer compiles it: a
+    pipeline compiles its layers instead. None for any other model."""
+    options = _waiting.pop(model, None)
+    if options is not None:
+        model._compiled_call_impl = None
+    return options
+
+
 def _compile_at_first_call(model: nn.Module, options: Options) -> None:
     reference = weakref.ref(model)
+    _waiting[model] = options
 
     def first_call(*args: Any, **kwargs: Any) -> Any:
         model = reference()
         assert model is not None
+        _waiting.pop(model, None)
         prepare_call(model, *args, **kwargs)
         model.compile(backend=functools.partial(ultraep, options=options))
         return model(*args, **kwargs)

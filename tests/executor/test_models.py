@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import ultraep_compile
 from tests.executor import vlm
 from tests.multirank import run_ranks
+from ultraep_compile.decorator import take_options
 from ultraep_compile.report import collect_reports
 
 
@@ -45,11 +46,11 @@ def _experts_in_stages(rank: int) -> dict[str, Any]:
     for m in (model, single):
         m.set_experts_implementation("batched_mm")  # pyright: ignore[reportCallIssue]
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
-    options = {"ranks": 4, "redundant_experts": 1, "inner": "aot_eager"}
+    decorated = ultraep_compile.balance(ranks=4, redundant_experts=1, inner="aot_eager")(type(model))
+    model = copy.deepcopy(model)  # an instance of the decorated class, as if it had been made now
+    assert take_options(single) is None and isinstance(model, decorated)
     with collect_reports() as collected:
-        pipe = ultraep_compile.pipeline(
-            model, mesh, 4, vlm.batch(4, 0), backend="ultraep", options=options, deadline=120.0
-        )
+        pipe = ultraep_compile.pipeline(model, mesh, 4, vlm.batch(4, 0), deadline=120.0)
         worst = vlm.worst_difference(pipe, single, [vlm.batch(8, 1), vlm.batch(8, 2)], 4)
     return {"worst": worst, "sites": sum(len(g.prepared) for g in collected.graphs)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ultraep_compile.backend import ultraep
+from ultraep_compile.decorator import take_options
 from ultraep_compile.errors import OptionError, PeerTimeoutError, PipelineError
 from ultraep_compile.executor import gradients
 from ultraep_compile.executor.channels import connect, new_group, open_channels
@@ -89,26 +91,31 @@ def pipeline(
         microbatches: into how many the samples of a batch are divided.
         inputs: an example batch (keyword arguments of one forward, with labels and every modality); finds the parts.
         pipeline_dim: the mesh dimension of the stages, if not "pp".
-        backend, options: what to compile the layers of this rank's stages with, as of `torch.compile`. "ultraep" balances
-            their experts; shard those over another mesh dimension by `shard_experts` first.
+        backend: what to compile the layers of this rank's stages with; "ultraep" (with its `options`) balances
+            their experts; shard those over another mesh dimension by `shard_experts` first. An instance of a class that
+            `@balance` decorates brings backend and options along.
         settings: see `Settings`.
     Raises: OptionError, PartsError, ScheduleError.
     """
     chosen = Settings.of(microbatches, settings)
     dim = find_dim(mesh, pipeline_dim)
     ranks = mesh.size() if dim is None else mesh[dim].size()
+    if options and backend is None:
+        raise OptionError("options= are those of a backend, and none is given. Give backend='ultraep', too.")
+    compiler = functools.partial(ultraep, options=dict(options or {})) if backend == "ultraep" else backend
     if isinstance(model, Parts):
         made = Pipeline(None, model, mesh, chosen, dim)
     else:
         if inputs is None:
             raise OptionError("pipeline() needs an example batch to find the parts of the model. Give inputs=batch.")
+        decorated = take_options(model)
+        if decorated is not None and compiler is None:
+            compiler = functools.partial(ultraep, options=decorated)
         prepare(model, dict(inputs))
         made = Pipeline(model, find_parts(model, inputs, ranks * chosen.virtual), mesh, chosen, dim)
-    if backend is not None:
+    if compiler is not None:
         for layer in made.layers():
-            layer.compile(backend=ultraep if backend == "ultraep" else backend, options=dict(options or {}))
-    elif options:
-        raise OptionError("options= are those of a backend, and none is given. Give backend='ultraep', too.")
+            layer.compile(backend=compiler)
     return made
 
 
