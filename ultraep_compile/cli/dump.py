@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ultraep_compile.errors import TargetError
 
 _STYLE = """
 :root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 110rem; padding: 0 1rem }
@@ -20,6 +23,8 @@ border-radius: 6px } .columns { display: grid; grid-template-columns: 1fr 1fr; g
 def dump(
     target: Annotated[str, typer.Argument(help="package.module:factory or path/to/file.py:factory")],
     out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")],
+    stages: Annotated[int, typer.Option(help="Write a pipeline of so many stages of a multimodal model, too.")] = 0,
+    microbatches: Annotated[int, typer.Option(help="Microbatches of that pipeline; 0: two for each stage.")] = 0,
 ) -> None:
     """Write the graph before and after every pass, as text and HTML, the generated row programs, and the report of explain."""
     from ultraep_compile.cli.target import load_target, need_inputs
@@ -31,6 +36,8 @@ def dump(
     out.mkdir(parents=True, exist_ok=True)
     (out / "explain.json").write_text(dumps(found))
     (out / "explain.txt").write_text(str(found) + "\n")
+    if stages:
+        _write_pipeline(model, need_inputs(target, inputs), stages, microbatches or 2 * stages, out)
     pages = []
     for index, snapshots in enumerate(found.snapshots):
         for step, (name, text) in enumerate(snapshots):
@@ -48,6 +55,23 @@ def dump(
         (out / f"row_program_{name.replace('.', '_') or 'model'}.py").write_text(text)
     (out / "index.html").write_text(_index_page(target, str(found), pages, sorted(p.name for p in out.iterdir())))
     typer.echo(f"wrote {out / 'index.html'}")
+
+
+def _write_pipeline(model: Any, inputs: Any, stages: int, microbatches: int, out: Path) -> None:
+    """Stages and schedule as text, and the schedule for ui.perfetto.dev. The sizes are those of the example inputs, which
+    must have as many samples as microbatches."""
+    from ultraep_compile.executor.outline import outline
+    from ultraep_compile.preparation import as_call
+    from ultraep_compile.schedules import report
+    from ultraep_compile.schedules.trace import perfetto
+
+    args, kwargs = as_call(inputs)
+    if args:
+        raise TargetError("a pipeline divides inputs by name. Let the factory return them as a dict of keyword arguments.")
+    text, schedule = outline(model, kwargs, stages, microbatches)
+    (out / "pipeline.txt").write_text(text + "\n")
+    (out / "pipeline_schedule.txt").write_text(str(schedule))
+    (out / "pipeline_trace.json").write_text(json.dumps(perfetto([report(schedule)])))
 
 
 def _page(title: str, body: str) -> str:
