@@ -96,7 +96,8 @@ def test_json_of_explain() -> None:
 
 def test_ops() -> None:
     """A checkpointing policy may name them (`op.namespace == "ultraep"`)."""
-    importlib.import_module("ultraep_compile.backend")
+    for module in ("backend", "sharding"):
+        importlib.import_module(f"ultraep_compile.{module}")
     names = "expert_load plan reroute experts replicate grad_reduce grouped_gemm unshard"
     assert [n for n in names.split() if not hasattr(torch.ops.ultraep, n)] == []
 
