@@ -181,6 +181,7 @@ def transport_for(ranks: int, group: str) -> Transport:
     return CollectiveTransport(members)
 
 
+@functools.lru_cache(maxsize=64)  # a rank that asked again would wait for the others
 def memory_is_shared(group: dist.ProcessGroup) -> bool:
     """Can every rank's GPU address the memory of every other's? Every rank must ask, and all get the same answer."""
     mine = _reach()
