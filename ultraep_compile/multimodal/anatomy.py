@@ -22,6 +22,7 @@ from ultraep_compile.multimodal.skeleton import (
     Action,
     Shape,
     every_parameter_trainable,
+    flatten,
     is_state,
     loss_of,
     run,
@@ -159,7 +160,7 @@ class _Watcher:
     def actions(self) -> dict[nn.Module, Action]:
         f = self.found
         made: dict[nn.Module, Action] = {
-            f.part(p): self._part(p) for p in (*f.roles.encoders, *f.roles.projectors, *f.roles.within)
+            f.part(p): self._part(p) for several in f.roles.called.values() for p in several
         }
         made |= {f.part(p): self._head(p) for p in f.roles.trained}
         return made | {layer: self._layer(i) for i, layer in enumerate(f.layers)}
@@ -176,7 +177,7 @@ class _Watcher:
             self.calls.append(path)
             self.fed_by.append({c for c, _ in self.leaves_behind(pytree.tree_leaves((args, kwargs)))})
             start = self.flops.get_total_flops()
-            leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
+            leaves, spec = flatten(own(*args, **kwargs))
             self.in_parts += self.flops.get_total_flops() - start
             for i, leaf in enumerate(leaves):
                 if is_state(leaf):
@@ -254,10 +255,11 @@ def _groups(found: Anatomy, watcher: _Watcher, read: set[tuple[int, int]]) -> li
         slots = list(dict.fromkeys((watcher.calls[c], i) for c, i in sorted(read) if watcher.calls[c] in paths))
         if slots:
             once = all(watcher.calls.count(path) == 1 for path, _ in slots)
-            groups.append(Group(ordered[0], ordered, slots, once, [0] * len(slots)))
+            name = next(n for n, called in found.roles.called.items() if ordered[0] in called)
+            groups.append(Group(name, ordered, slots, once, [0] * len(slots)))
     if not groups:
         raise PartsError(
             f"the loss of {type(found.model).__name__} depends on no output of {', '.join(found.roles.encoders)}; give an example "
             "batch with labels, and images or sound."
         )
-    return sorted(groups, key=lambda g: watcher.calls.index(g.name))
+    return sorted(groups, key=lambda g: watcher.calls.index(g.paths[0]))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy, Group
-from ultraep_compile.multimodal.skeleton import Action, Left, Shape, is_state, run
+from ultraep_compile.multimodal.skeleton import Action, Left, Shape, flatten, is_state, run
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Calls:
         def noted(path: str) -> Action:
             def action(own: Any, args: Any, kwargs: Any) -> Any:
                 output = own(*args, **kwargs)
-                leaves, spec = pytree.tree_flatten(output)
+                leaves, spec = flatten(output)
                 kept = (Shape(tuple(x.shape), x.dtype, x.device) if is_state(x) else x for x in leaves)
                 calls.append(PartCall(path, tuple(kept), spec))
                 return output

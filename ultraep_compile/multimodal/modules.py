@@ -13,7 +13,7 @@ from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy, Group, Head
 from ultraep_compile.multimodal.calls import Calls, answers
 from ultraep_compile.multimodal.division import SAMPLE
-from ultraep_compile.multimodal.skeleton import Action, Left, is_state, loss_of, run
+from ultraep_compile.multimodal.skeleton import Action, Left, flatten, is_state, loss_of, run
 
 
 class PartModule(nn.Module):
@@ -78,7 +78,7 @@ class EncoderModule(PartModule):
             def action(own: Any, args: Any, kwargs: Any) -> Any:
                 made.append((path, []))
                 output = own(*args, **kwargs)
-                made[-1][1].extend(pytree.tree_leaves(output))
+                made[-1][1].extend(flatten(output)[0])
                 if group.once and all(sum(p == w for p, _ in made) >= runs for w in wanted):
                     raise Left(None)  # before features meet the language model: an item may be less than a sample
                 return output

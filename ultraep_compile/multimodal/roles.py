@@ -37,6 +37,8 @@ class Roles:
     """The language model's list of layers."""
     within: list[str] = field(default_factory=list)
     """Parts of the language model that run before its layers: the encoder of an encoder-decoder that images enter."""
+    called: dict[str, list[str]] = field(default_factory=dict)
+    """Encoder or projector -> modules in it that are called: itself, or what a list or dict of modules holds."""
     trained: list[str] = field(default_factory=list)
     """Generators that run in the forward watched; the others are not called in training."""
 
@@ -83,6 +85,7 @@ def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any)
     roles.trained = list(dict.fromkeys(_highest(s, without=[llm_stack, *others]) for s in behind))
     _beside_the_stacks(model, roles, seen, fed)
     roles.generators = [*roles.trained, *roles.generators]
+    roles.called = {p: seen.called(p) for p in (*roles.encoders, *roles.projectors, *roles.within)}
     return roles
 
 
@@ -237,6 +240,13 @@ class _Seen:
     def ended(self, path: str) -> int:
         """When the last module of a part began to run."""
         return max((i for p, i in self.order.items() if p.startswith(f"{path}.")), default=0)
+
+    def called(self, path: str) -> list[str]:
+        """The outermost modules of a part that ran themselves."""
+        if path in self.order:
+            return [path]
+        children = [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_children()]
+        return [found for child in children for found in self.called(child)]
 
     def reads(self, path: str, makers: list[str]) -> bool:
         """Is a part given a tensor that one of the others made?"""

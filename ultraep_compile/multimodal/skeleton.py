@@ -8,6 +8,7 @@ module's class is exchanged for the time of a run, at the outermost point of a c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ultraep_compile.preparation import untouched
 
@@ -85,6 +87,15 @@ def run(
             return False, model(**inputs)
         except Left as left:
             return True, left.value
+
+
+def flatten(output: Any) -> tuple[list[Any], Any]:
+    """Leaves of a module's output and what puts them back: `tree_unflatten`."""
+    if dataclasses.is_dataclass(output) and isinstance(output, Mapping):
+        known = [f.name for f in dataclasses.fields(output)]
+        if not output.keys() <= set(known):  # what a decorator has added, and its constructor does not take
+            output = type(output)(**{k: v for k, v in output.items() if k in known})
+    return pytree.tree_flatten(output)
 
 
 def is_state(leaf: Any) -> bool:
