@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tests.multirank import run_ranks
 from tests.ops.expert_case import balanced, make_inputs, make_site, oracle, relative
+from ultraep_compile.errors import RoutingError
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.ops.transport import choose_transport
 
@@ -22,13 +23,35 @@ CASES = {  # tokens of each rank, choices, slots, skew
 }
 
 
+def _faults(rank: int, group: str) -> list[str]:
+    """A bad batch on some ranks is an error on all of them, and the next batch is as good as any."""
+    messages = []
+    load = torch.ops.ultraep.expert_load
+    for nan_on, id_on, bad in (({2}, set(), 0), (set(), {1, 3}, -7), ({3}, {1}, 1 << 40)):
+        ids, scores = torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 8)
+        if rank in nan_on:
+            scores[4, 3] = float("nan")
+        if rank in id_on:
+            ids[3, 1] = bad
+        try:
+            load(ids, scores, 8, WORLD, group, "layers.1.mlp@key")
+            messages.append("no error")
+        except RoutingError as error:
+            messages.append(str(error))
+        good = load(torch.full((rank, 1), rank), None, 8, WORLD, group, "layers.1.mlp@key")
+        assert torch.equal(good, torch.diag(torch.arange(4)).to(torch.int32) @ torch.eye(4, 8, dtype=torch.int32))
+    return messages
+
+
 def _on_rank(rank: int, transport: str, device: str = "cpu") -> dict:
-    out = {}
+    out: dict = {}
     assert dist.group.WORLD is not None
     group = dist.group.WORLD.group_name
     choose_transport(group, transport)
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
+    if device == "cpu":
+        out["faults"] = _faults(rank, group)
     for name, (tokens, choices, slots, skew) in CASES.items():
         for sharded in (True, False):
             layout = ExpertLayout(8, WORLD, slots)
@@ -54,7 +77,13 @@ def _on_rank(rank: int, transport: str, device: str = "cpu") -> dict:
 
 @pytest.mark.parametrize("transport", ["collective", "symmetric"])
 def test_four_processes_equal_one(transport: str) -> None:
-    _compare_with_one_process(run_ranks(WORLD, _on_rank, transport))
+    by_rank = run_ranks(WORLD, _on_rank, transport)
+    faults = [r.pop("faults") for r in by_rank]
+    assert all(f == faults[0] for f in faults)
+    assert "layers.1.mlp: on rank 2, the router's score of token 4 for expert 3 is nan" in faults[0][0]
+    assert "on rank 1 (and on ranks 3), token 3, choice 1 is routed to expert -7, but this layer has experts 0..7" in faults[0][1]
+    assert f"on rank 1 (and on ranks 3), token 3, choice 1 is routed to expert {1 << 40}" in faults[0][2]
+    _compare_with_one_process(by_rank)
 
 
 @pytest.mark.gpu

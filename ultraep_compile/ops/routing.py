@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ultraep_compile.errors import RoutingError
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
-from ultraep_compile.ops.transport import SymmetricTransport, transport_for
+from ultraep_compile.ops.transport import SymmetricTransport, Transport, transport_for
 from ultraep_compile.planner import make_plan
 
 
@@ -23,34 +25,46 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
         ids: integer [T, K], the router's choice.
         scores: the router's raw scores [T, >= E] or None; only looked at for NaN and infinity.
         site: name of the layer for messages and traces.
-    Raises: RoutingError for ids outside 0..E-1 and for scores that are not finite, before anything is exchanged; on a GPU
-        with symmetric memory at the layer's next call (see `late_checks`).
+    Raises: RoutingError for ids outside 0..E-1 and for scores that are not finite, on all ranks: what a rank finds travels
+        with its counts, so that none is left waiting for another. On a GPU with symmetric memory at the layer's next call
+        (see `late_checks`).
     """
     started = time.perf_counter()
     transport = transport_for(ranks, group)
-    if isinstance(transport, SymmetricTransport):
-        counts = transport.exchange_counts(_own_counts(ids, scores, experts, site), layer_name(site))
+    if isinstance(transport, SymmetricTransport) and ids.is_cuda:
+        from ultraep_compile.codegen.count_kernels import expert_counts
+
+        check_later(ids, scores, experts, layer_name(site))
+        counts = transport.exchange_counts(expert_counts(ids, experts), layer_name(site))
     else:
-        _check_scores(scores, site)
-        _check_ids(ids, experts, site)
-        source = transport.source_of_token(ids.shape[0], ids.device) - transport.hosted.start
-        cell = source.unsqueeze(1) * experts + ids.to(torch.int64)
-        counts = torch.bincount(cell.flatten(), minlength=len(transport.hosted) * experts).to(torch.int32)
-        counts = transport.gather_counts(counts.view(len(transport.hosted), experts))
+        counts = _checked_counts(ids, scores, experts, transport, group, site)
     watch.add_time(site, "load", started)
     return counts
 
 
-def _own_counts(ids: Tensor, scores: Tensor | None, experts: int, site: str) -> Tensor:
-    """int32 [E]: this process's tokens for each expert; on a GPU nothing is read on the host."""
-    if ids.is_cuda:
-        from ultraep_compile.codegen.count_kernels import expert_counts
-
-        check_later(ids, scores, experts, layer_name(site))
-        return expert_counts(ids, experts)
-    _check_scores(scores, site)
-    _check_ids(ids, experts, site)
-    return torch.bincount(ids.flatten(), minlength=experts).to(torch.int32)
+def _checked_counts(
+    ids: Tensor, scores: Tensor | None, experts: int, transport: Transport | SymmetricTransport, group: str, site: str
+) -> Tensor:
+    fault = _score_fault(scores) or _id_fault(ids, experts)
+    if fault is not None and not group:
+        raise RoutingError(f"{layer_name(site)}: {fault.text(experts)}")
+    hosted = len(transport.hosted)
+    counts = ids.new_zeros(hosted, experts, dtype=torch.int32)
+    if fault is None:
+        source = transport.source_of_token(ids.shape[0], ids.device) - transport.hosted.start
+        cell = source.unsqueeze(1) * experts + ids.to(torch.int64)
+        counts = torch.bincount(cell.flatten(), minlength=hosted * experts).view(hosted, experts).to(torch.int32)
+    if not group:
+        return transport.gather_counts(counts)
+    report = torch.tensor([(fault or Fault()).packed()], dtype=torch.int32, device=ids.device)
+    packed = torch.cat([counts, report], 1)
+    if isinstance(transport, SymmetricTransport):
+        packed = transport.exchange_counts(packed[0], layer_name(site))
+    else:
+        packed = transport.gather_counts(packed)
+    counts, reports = packed.split([experts, report.shape[1]], 1)
+    _raise_faults(reports.tolist(), experts, site)
+    return counts.contiguous()
 
 
 @expert_load.register_fake
@@ -63,28 +77,64 @@ def layer_name(site: str) -> str:
     return site.rpartition("@")[0] or site
 
 
-def _check_scores(scores: Tensor | None, site: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The first thing wrong with a rank's routing."""
+
+    kind: int = 0
+    """0: nothing; 1: a score that is not finite; 2: an id out of range."""
+    token: int = 0
+    column: int = 0
+    """Expert of a score, choice of an id."""
+    value: float = 0
+
+    def packed(self) -> list[int]:
+        """As int32 numbers: ids do not always fit one, nor all scores a float of that size."""
+        return [self.kind, self.token, self.column, *struct.unpack("<2i", struct.pack("<d", self.value))]
+
+    @classmethod
+    def unpacked(cls, numbers: list[int]) -> Fault:
+        (value,) = struct.unpack("<d", struct.pack("<2i", *numbers[3:]))
+        return cls(*numbers[:3], value)
+
+    def text(self, experts: int) -> str:
+        if self.kind == 1:
+            return (
+                f"the router's score of token {self.token} for expert {self.column} is {self.value}. No expert can be chosen by "
+                "such a score; look for an overflow before this layer (learning rate, loss scale, a bad batch) and skip or "
+                "repair the step."
+            )
+        return (
+            f"token {self.token}, choice {self.column} is routed to expert {int(self.value)}, but this layer has experts "
+            f"0..{experts - 1}. Correct the router (or the table of expert ids) that produced it."
+        )
+
+
+def _score_fault(scores: Tensor | None) -> Fault | None:
     if scores is None or bool(torch.isfinite(scores).all()):
-        return
-    token, column = torch.nonzero(~torch.isfinite(scores.flatten(0, -2)))[0].tolist()
-    value = scores.flatten(0, -2)[token, column].item()
-    raise RoutingError(
-        f"{layer_name(site)}: the router's score of token {token} for expert {column} is {value}. No expert can be chosen by such a "
-        "score; look for an overflow before this layer (learning rate, loss scale, a bad batch) and skip or repair the step."
-    )
+        return None
+    rows = scores.flatten(0, -2)
+    token, column = torch.nonzero(~torch.isfinite(rows))[0].tolist()
+    return Fault(1, token, column, rows[token, column].item())
 
 
-def _check_ids(ids: Tensor, experts: int, site: str) -> None:
+def _id_fault(ids: Tensor, experts: int) -> Fault | None:
     if ids.numel() == 0:
-        return
+        return None
     low, high = torch.aminmax(ids)
     if int(low) >= 0 and int(high) < experts:
-        return
+        return None
     token, choice = torch.nonzero((ids < 0) | (ids >= experts))[0].tolist()
-    raise RoutingError(
-        f"{layer_name(site)}: token {token}, choice {choice} is routed to expert {ids[token, choice].item()}, but this layer has "
-        f"experts 0..{experts - 1}. Correct the router (or the table of expert ids) that produced it."
-    )
+    return Fault(2, token, choice, ids[token, choice].item())
+
+
+def _raise_faults(reports: list[list[int]], experts: int, site: str) -> None:
+    """The same error on all ranks, if any of them has one."""
+    found = {rank: Fault.unpacked(numbers) for rank, numbers in enumerate(reports) if numbers[0]}
+    if found:
+        rank, fault = next(iter(found.items()))
+        others = f" (and on ranks {', '.join(map(str, list(found)[1:]))})" if len(found) > 1 else ""
+        raise RoutingError(f"{layer_name(site)}: on rank {rank}{others}, {fault.text(experts)}")
 
 
 @torch.library.custom_op("ultraep::plan", mutates_args=())
