@@ -189,9 +189,12 @@ class CapacityEinsum(nn.Module):
         self.b1 = nn.Parameter(torch.randn(EXPERTS, 1, FFN) * 0.2)
         self.w2 = nn.Parameter(torch.randn(EXPERTS, FFN, WIDTH) * 0.2)
 
+    def capacity(self, length: int) -> int:
+        return max(4, length * 3 // (2 * EXPERTS))
+
     def combine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gates = self.gate(x).softmax(-1)
-        capacity = max(4, x.shape[1] * 3 // (2 * EXPERTS))
+        capacity = self.capacity(x.shape[1])
         first = F.one_hot(gates.argmax(-1), EXPERTS).to(x.dtype)
         second = F.one_hot((gates * (1 - first)).argmax(-1), EXPERTS).to(x.dtype)
         if self.training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from tests import forms
 from tests.balancing import assert_as_good_as_eager, backend, compiled_step, relative, step
 from ultraep_compile import explain, prepare
 from ultraep_compile.ladder.install import lifted_layer
+from ultraep_compile.ladder.sizes import size_function
 from ultraep_compile.preparation import findings_of
 from ultraep_compile.report import collect_reports
 
@@ -82,26 +84,53 @@ def test_other_numbers_of_tokens(name):
         assert sum(len(g.prepared) for g in reports.graphs) >= forms.SITES.get(name, 1)
 
 
-def test_sizes_that_python_computes():
-    """A capacity computed in Python holds for the batch it was seen with: other batches run as they were, and it is said."""
-    model, inputs = forms.build("CapacityEinsum")
-    found = explain(model, inputs)
-    assert "[2, 16] tokens only" in found.moe_sites[0].matched
-    x = {"x": torch.randn(2, 24, forms.WIDTH)}
-    eager = step(model, model, x)
-    ours, graphs = compiled_step(model, x, ranks=4)
-    assert sum(len(g.prepared) for g in graphs) == 0
-    assert relative(ours.loss, eager.loss) < 1e-6
+class _OddCapacity(forms.CapacityEinsum):
+    """A capacity by a factor that floats cannot hold."""
+
+    def capacity(self, length):
+        return int(length * 1.1 / forms.EXPERTS) + 3
 
 
-def test_no_capacity_is_baked_in():
-    """Equal capacities on the probe batches are no proof: a batch with another one must not get a wrong answer."""
-    model, _ = forms.build("CapacityEinsum")
-    prepare(model, {"x": torch.randn(2, 8, forms.WIDTH)})
-    x = {"x": torch.randn(2, 32, forms.WIDTH)}
-    eager = step(model, model, x)
-    ours, _ = compiled_step(model, x, ranks=2)
-    assert relative(ours.loss, eager.loss) < 1e-6
+def test_capacities_that_python_computes():
+    """A rounded quotient of the sizes holds for all batches; any other capacity for the recorded batch only, and it is said."""
+    for kind, balanced in ((forms.CapacityEinsum, 1), (_OddCapacity, 0)):
+        torch.manual_seed(0)
+        model, inputs = kind().train(), {"x": torch.randn(2, 16, forms.WIDTH)}
+        found = explain(model, inputs)
+        assert [s.status for s in found.moe_sites] == ["rewritten"]
+        assert ("[2, 16] tokens only" in found.moe_sites[0].matched) == (not balanced)
+        for shape in ((2, 24), (3, 7)):  # 7: the least capacity
+            x = {"x": torch.randn(*shape, forms.WIDTH)}
+            eager = step(model, model, x)
+            ours, graphs = compiled_step(model, x, ranks=4)
+            assert sum(len(g.prepared) for g in graphs) == balanced
+            assert relative(ours.loss, eager.loss) < 1e-6
+
+
+SIZES = (3, 18, 64, 129, 200, 512, 777, 1536)
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        lambda t: max(4, math.ceil(1.25 * t / 8)),
+        lambda t: int(2.0 * t / 6),
+        lambda t: 8 * math.ceil(t * 2 * 1.5 / 8 / 8) - 1,
+        lambda t: t * 3 // 16 + 1,
+        lambda t: max(16, t // 8),
+        lambda t: -(-t // 8),
+        lambda t: 5 * t,
+    ],
+)
+def test_size_functions_are_found(capacity):
+    found = size_function(tuple(map(capacity, SIZES)), SIZES, 24)
+    assert found is not None
+    assert [found(t) for t in range(1, 4000)] == [capacity(t) for t in range(1, 4000)]
+
+
+@pytest.mark.parametrize("capacity", [lambda t: int(1.1 * t / 8), lambda t: int(t**0.5) + 1, lambda t: min(t, 100)])
+def test_size_functions_that_are_not_sure_are_not_taken(capacity):
+    assert size_function(tuple(map(capacity, SIZES)), SIZES, 8) is None
 
 
 @pytest.mark.parametrize("name", forms.UNBALANCEABLE)

@@ -17,7 +17,7 @@ from ultraep_compile.ladder.check import SEEDS, check, in_mode
 from ultraep_compile.ladder.groups import Siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
 from ultraep_compile.ladder.lifted import caller, reference_caller
-from ultraep_compile.ladder.probes import main_input, probe_leads, resized
+from ultraep_compile.ladder.probes import deviation, main_input, more_leads, probe_leads, resized
 from ultraep_compile.ladder.recording import Call, Recording, record
 from ultraep_compile.ladder.regions import (
     ALL,
@@ -38,6 +38,8 @@ from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 log = logging.getLogger(__name__)
+_LARGE = 2.0
+"""Standard deviation of token states above which they are also recorded small."""
 
 
 @dataclass(slots=True)
@@ -80,28 +82,35 @@ def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tu
     count = len(group.names) if group else 0
     leads = probe_leads(call, count or _leading(owner))
     problem: Refusal | None = None
-    for leaves in (_leaves(owner, owned, group), {}):
+    outermost = _leaves(owner, owned, group)
+    ways = [(outermost, 1.0)] + ([({}, 1.0)] if outermost else [])
+    if (large := deviation(call)) > _LARGE:  # a router that is sure of itself has weights too small to be measured
+        ways.append((outermost, 0.1 / large))
+    for leaves, gain in ways:
         try:
-            return _attempt(owner, name, call, owned, count, leads, leaves)
+            return _attempt(owner, name, call, owned, count, leads, leaves, gain)
         except Unbalanceable:
             raise
         except Refusal as reason:
             if problem is None or isinstance(reason, Missed):
                 problem = reason
-            if not leaves:
-                break
     assert problem is not None
+    if isinstance(problem, Missed):  # perhaps Python computes with sizes: more of them show how
+        with contextlib.suppress(Refusal):
+            return _attempt(owner, name, call, owned, count, leads, outermost, more=more_leads(call))
     if isinstance(problem, Missed):  # sizes that Python computes: good for the numbers of tokens that were seen
         own = tuple(main_input(call).shape[:-1])
         with contextlib.suppress(Refusal):
-            function, text, facts = _attempt(owner, name, call, owned, count, [own] * 4, _leaves(owner, owned, group))
+            function, text, facts = _attempt(owner, name, call, owned, count, [own] * 4, outermost)
             facts.lead = own
             return function, text, facts
     raise problem
 
 
-def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, str, LayerFacts]:
-    first, second = (record(owner, resized(call, lead, seed), leaves) for seed, lead in enumerate(leads[:2]))
+def _attempt(owner, name, call, owned, count, leads, leaves, gain=1.0, more=()) -> tuple[Callable, str, LayerFacts]:
+    recorded = [*leads[:2], *more]
+    recordings = [record(owner, resized(call, lead, seed, gain=gain), leaves) for seed, lead in enumerate(recorded)]
+    first = recordings[0]
     if any(" over " in c for c in first.collectives):
         raise Unbalanceable(
             f"it is expert-parallel already: its forward exchanges rows by {first.collectives[0]}. Build it over one rank, or leave "
@@ -112,14 +121,14 @@ def _attempt(owner, name, call, owned, count, leads, leaves) -> tuple[Callable, 
     problem: Refusal | None = None
     for found in _analyse(first, parts, tokens):
         try:
-            return _with_sources(owner, name, call, first, second, found, leads)
+            return _with_sources(owner, name, call, recordings, found, [*leads, *more[:2]])
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else problem or reason
     assert problem is not None
     raise problem
 
 
-def _with_sources(owner, name, call, first, second, found: _Analysis, leads) -> tuple[Callable, str, LayerFacts]:
+def _with_sources(owner, name, call, recordings, found: _Analysis, leads) -> tuple[Callable, str, LayerFacts]:
     parts = found.parts
     problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
     if found.slots.fixed and ALL not in parts.present and bool((found.slots.inputs != 0).any(1).all()):
@@ -127,9 +136,9 @@ def _with_sources(owner, name, call, first, second, found: _Analysis, leads) -> 
             "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
             "equal by construction, there is nothing to balance"
         )
-    for way in sources(first, parts, found.routing, parts.experts, found.weights):
+    for way in sources(recordings[0], parts, found.routing, parts.experts, found.weights):
         try:
-            return _written(owner, name, call, first, second, found, way, leads)
+            return _written(owner, name, call, recordings, found, way, leads)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else Missed(str(reason))
     raise problem
@@ -230,21 +239,22 @@ def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
     return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
 
 
-def _written(owner, name, call, first, second, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:
+def _written(owner, name, call, recordings, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:
+    first = recordings[0]
     form = "together" if ALL in found.parts.present else "one by one"
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
     gating = gating_of(owner, call, leads[2])
     place = ".".join(p for p in (name, _common_path(found)) if p) or type(owner).__name__
     lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source, gating, place)
-    reference = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
+    reference = Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
     check(owner, reference.function(), call, leads)
     params = [_stacked_like(owner, found, role) for role in found.rows.roles]
     consts = [first.raw[c].detach() for c in found.rows.consts]
     weight = first.raw[way.weight] if found.scaled and way.weight is not None else None
     run = caller(name or "model", lifted, first.raw[found.routing.table].flatten(0, -2), weight, params, consts)
-    replay = Replay(first, second, found.parts, found.routing, way, found.rows, found.scaled, run)
+    replay = Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, run)
     function = replay.function()
-    holders = tuple(n for role in found.rows.roles for n in found.parts.holders[role])
+    holders = tuple(tuple(found.parts.holders[role]) for role in found.rows.roles)
     return function, replay.source, LayerFacts(found.parts.experts, way.choices, holders, form, way.ids_form == "sizes", source)
 
 

@@ -19,8 +19,8 @@ def main_input(call: Call) -> Tensor:
     raise Refusal("its forward takes no tensor of token states")
 
 
-def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = False) -> Call:
-    """The call with other numbers of tokens: rows drawn from its own, token states random."""
+def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = False, gain: float = 1.0) -> Call:
+    """The call with other numbers of tokens: rows drawn from its own, token states random, `gain` times as large."""
     states = main_input(call)
     old = tuple(states.shape[:-1])
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +31,7 @@ def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = Fals
     made = []
     for tensor in call.tensors():
         if tensor is states:
-            scale = float(states.float().std()) or 1.0
+            scale = gain * deviation(call)
             noise = torch.randn(*lead, states.shape[-1], generator=generator)
             if skewed:
                 noise = noise * 0.05 + torch.randn(states.shape[-1], generator=generator)
@@ -49,6 +49,11 @@ def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = Fals
         made.append(new.clone())
     sizes = [_shares(math.prod(lead), len(s), generator) if sum(s) == math.prod(old) else s for s in call.sizes()]
     return call.with_tensors(made).with_sizes(sizes)
+
+
+def deviation(call: Call) -> float:
+    """Standard deviation of the token states."""
+    return float(main_input(call).float().std()) or 1.0
 
 
 def _counts_rows(tensor: Tensor, rows: int) -> bool:
@@ -70,6 +75,15 @@ def probe_leads(call: Call, experts: int) -> list[tuple[int, ...]]:
         return [(13 * experts,), (11 * experts,), (5 * experts,), own, (37,), _many(own)]
     rest = (1,) * (rank - 2)
     return [(experts, *rest, 13), (2 * experts, *rest, 11), (experts, *rest, 7), own, (3, *rest, 29), _many(own)]
+
+
+def more_leads(call: Call) -> list[tuple[int, ...]]:
+    """Further sizes to record, to tell how Python computes with them: small ones first, where a least size shows."""
+    rank = main_input(call).dim() - 1
+    if rank == 1:
+        return [(n,) for n in (3, 18, 64, 129, 200, 512, 777, 1536)]
+    rest = (1,) * (rank - 2)
+    return [(b, *rest, n) for b, n in ((1, 3), (2, 9), (1, 64), (3, 129), (2, 200), (1, 512), (4, 333), (2, 1536))]
 
 
 def _many(own: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,10 +19,12 @@ from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.ladder.divided import stack_experts
 from ultraep_compile.ladder.recording import Recording, refuse_foreign
 from ultraep_compile.ladder.regions import Parts
 from ultraep_compile.ladder.routing import Routing, Sources
 from ultraep_compile.ladder.rows import RowFunction
+from ultraep_compile.ladder.sizes import size_function
 from ultraep_compile.passes.lift.nodes import functional_target
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -42,8 +44,7 @@ class Replay:
 
     def __init__(
         self,
-        first: Recording,
-        second: Recording,
+        recordings: Sequence[Recording],
         parts: Parts,
         routing: Routing,
         sources: Sources,
@@ -51,7 +52,8 @@ class Replay:
         inside: bool,
         lifted_rows: Callable,
     ) -> None:
-        self.a, self.b, self.parts, self.routing, self.sources, self.rows = first, second, parts, routing, sources, rows
+        first = recordings[0]
+        self.a, self.others, self.parts, self.routing, self.sources, self.rows = first, recordings[1:], parts, routing, sources, rows
         self.inside, self.lifted_rows = inside, lifted_rows
         self.order = {n: i for i, n in enumerate(first.graph.nodes)}
         self.graph = fx.Graph()
@@ -60,17 +62,19 @@ class Replay:
         self.attributes: dict[str, fx.Node] = {"": self.module}
         for node in first.inputs:
             self.env[node] = self.graph.placeholder(str(node.target))
-        self.sizes: list[tuple[int, int, fx.Node, int]] = []
-        for x, y in zip(first.inputs, second.inputs, strict=True):
-            for dim, (m, n) in enumerate(zip(first.raw[x].shape, second.raw[y].shape, strict=True)):
-                if m != n and (m, n) not in [s[:2] for s in self.sizes]:
-                    self.sizes.append((m, n, self.env[x], dim))
+        self.sizes: list[tuple[tuple[int, ...], fx.Node, int]] = []
+        """(value in each recording, input, dim)"""
+        for inputs in zip(*(r.inputs for r in recordings), strict=True):
+            shapes = [r.raw[x].shape for r, x in zip(recordings, inputs, strict=True)]
+            for dim, values in enumerate(zip(*shapes, strict=True)):
+                if len(set(values)) > 1 and values not in [s[0] for s in self.sizes]:
+                    self.sizes.append((values, self.env[inputs[0]], dim))
 
     def function(self) -> Callable:
         leaves, spec = pytree.tree_flatten((self.a.output, self.a.stored))
         nodes = [n for n in leaves if isinstance(n, fx.Node)]
         wanted = self._needed(nodes)
-        other = _matching(wanted, self.a, self.b, self.routing.output)
+        other = [_matching(wanted, self.a, b, self.routing.output) for b in self.others]
         done = False
         before = [n for n in wanted if n not in self._after()]
         ahead = set(before)
@@ -147,12 +151,12 @@ class Replay:
             self.attributes[path] = self.graph.call_function(getattr, (self._attribute(parent), name))
         return self.attributes[path]
 
-    def _copy(self, node: fx.Node, other: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _copy(self, node: fx.Node, other: _Twins) -> fx.Node:
         if node.op == "get_attr":
             return self._attribute(str(node.target))
-        twin = other[node]
-        args = _both(self._value, node.args, twin.args)
-        kwargs = _both(self._value, dict(node.kwargs), dict(twin.kwargs))
+        twins = [pairs[node] for pairs in other]
+        args = _each(self._value, node.args, *(t.args for t in twins))
+        kwargs = _each(self._value, dict(node.kwargs), *(dict(t.kwargs) for t in twins))
         if node.op == "call_module":
             new = self.graph.call_function(invoke, (self._attribute(str(node.target)), *args), kwargs)
         else:
@@ -161,32 +165,35 @@ class Replay:
             new = self.graph.call_method("detach", (new,))
         return new
 
-    def _value(self, a: Any, b: Any) -> Any:
+    def _value(self, a: Any, *others: Any) -> Any:
         if isinstance(a, fx.Node):
             return self.env[a]
-        if isinstance(a, bool) or not isinstance(a, int) or a == b:
-            if a != b and not (isinstance(a, float) and math.isnan(a)):
-                raise Refusal(f"the forward computes {a!r} for one batch and {b!r} for another")
+        same = all(a == b for b in others)
+        if isinstance(a, bool) or not isinstance(a, int) or same:
+            if not same and not (isinstance(a, float) and math.isnan(a)):
+                raise Refusal(f"the forward computes {a!r} for one batch and {next(b for b in others if b != a)!r} for another")
             return a
-        return self._size(a, b)
+        if not all(isinstance(b, int) for b in others):
+            raise Refusal(f"the forward computes {a!r} for one batch and no integer for another")
+        return self._size((a, *others))
 
-    def _size(self, a: int, b: int) -> fx.Node:
-        """An integer as a product of input sizes."""
+    def _size(self, values: tuple[int, ...]) -> fx.Node:
+        """An integer, given by its value in each recording, as a function of input sizes."""
         for count in (1, 2, 3):
             for some in itertools.combinations(self.sizes, count):
-                m, n = math.prod(s[0] for s in some), math.prod(s[1] for s in some)
-                if a % m == 0 and b % n == 0 and a // m == b // n:
-                    total = self._product(some)
-                    return total if a == m else self.graph.call_function(operator.mul, (total, a // m))
-                if m % a == 0 and n % b == 0 and m // a == n // b:
-                    return self.graph.call_function(operator.floordiv, (self._product(some), m // a))
-        raise Refusal(f"the forward computes the size {a} for one batch and {b} for another, which is no product of input sizes")
+                totals = tuple(math.prod(s[0][i] for s in some) for i in range(len(values)))
+                if (found := size_function(values, totals, self.parts.experts)) is not None:
+                    return found.write(self.graph, self._product(some))
+        raise Refusal(
+            f"the forward computes the size {values[0]} for one batch and {next(v for v in values if v != values[0])} for another, "
+            "which is no function of input sizes that we know"
+        )
 
-    def _product(self, some: Sequence[tuple[int, int, fx.Node, int]]) -> fx.Node:
-        made = [self.graph.call_method("size", (s[2], s[3])) for s in some]
+    def _product(self, some: Sequence[tuple[tuple[int, ...], fx.Node, int]]) -> fx.Node:
+        made = [self.graph.call_method("size", (s[1], s[2])) for s in some]
         return functools.reduce(lambda x, y: self.graph.call_function(operator.mul, (x, y)), made)
 
-    def _experts(self, other: dict[fx.Node, fx.Node]) -> None:
+    def _experts(self, other: _Twins) -> None:
         """Tokens, ids, weights, the experts, and the sum over the choices."""
         g, s, routing = self.graph, self.sources, self.routing
         raw = self.a.raw
@@ -244,14 +251,14 @@ class Replay:
         if skip is not None:
             passed = g.call_method("to", (g.call_function(operator.mul, (hidden, skip)), made.dtype))
             total = g.call_function(operator.add, (total, passed))
-        twin = other[routing.output]
-        sizes = [self._value(m, n) for m, n in zip(made.shape, self.b.raw[twin].shape, strict=True)]
+        shapes = [b.raw[pairs[routing.output]].shape for b, pairs in zip(self.others, other, strict=True)]
+        sizes = [self._value(*values) for values in zip(made.shape, *shapes, strict=True)]
         self.env[routing.output] = g.call_method("reshape", (total, tuple(sizes)))
 
     def _stacked(self, role: str) -> fx.Node:
         names = self.parts.holders[role]
         if len(names) > 1:
-            return self.graph.call_function(torch.stack, ([self._attribute(n) for n in names],))
+            return self.graph.call_function(stack_experts, (self.module, [self._attribute(n) for n in names]))
         node = self._attribute(names[0])
         shape = (self.parts.experts, *self.rows.layouts[role])
         whole = tuple(self.a.owner.get_parameter(names[0]).shape)
@@ -284,15 +291,21 @@ def _plain(result: Any) -> Any:
     return result
 
 
-def _both(use: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
-        made = [_both(use, x, y) for x, y in zip(a, b, strict=True)]
+def _each(use: Callable[..., Any], *values: Any) -> Any:
+    """A structure of arguments, from the same structure in every recording."""
+    a = values[0]
+    if isinstance(a, (tuple, list)) and all(isinstance(v, (tuple, list)) and len(v) == len(a) for v in values):
+        made = [_each(use, *parts) for parts in zip(*values, strict=True)]
         return tuple(made) if isinstance(a, tuple) else made
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return {k: _both(use, a[k], b[k]) for k in a}
-    if isinstance(a, slice) and isinstance(b, slice):
-        return slice(*(_both(use, x, y) for x, y in zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)))
-    return use(a, b)
+    if isinstance(a, dict) and all(isinstance(v, dict) and v.keys() == a.keys() for v in values):
+        return {k: _each(use, *(v[k] for v in values)) for k in a}
+    if isinstance(a, slice) and all(isinstance(v, slice) for v in values):
+        return slice(*(_each(use, *parts) for parts in zip(*((v.start, v.stop, v.step) for v in values), strict=True)))
+    return use(*values)
+
+
+_Twins = list[dict[fx.Node, fx.Node]]
+"""For every further recording, its node for each one of the first."""
 
 
 def _matching(
