@@ -58,7 +58,8 @@ def _keeps_experts_apart(node: fx.Node, experts: int) -> bool:
         return False
     if name in RESHAPES:
         source = held(node.all_input_nodes[0])
-        return len(node.all_input_nodes) == 1 and source.shape[0] == experts
+        whole_experts = source.shape[0] % experts == 0 if is_unshard(node.all_input_nodes[0]) else source.shape[0] == experts
+        return len(node.all_input_nodes) == 1 and whole_experts  # [E*F, ...] as [E, F, ...]
     if name in _BY_MATRIX:
         return all(held(a).ndim == 3 and held(a).shape[0] == experts for a in node.all_input_nodes)
     return name in _BY_ELEMENT

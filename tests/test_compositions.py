@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests import zoo
+from tests import forms, zoo
 from tests.balancing import backend, relative
 from tests.bundles import BUNDLES
 from tests.multirank import fake_group, run_ranks
@@ -255,17 +255,23 @@ def test_combinations_over_4_processes(parts: tuple[Callable, ...]) -> None:
     run_ranks(WORLD, _one_by_one, parts)
 
 
-class ListOfExperts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(8, 4)
-        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+def test_experts_that_only_a_forward_shows_need_example_inputs() -> None:
+    layer, inputs = forms.build("LoopOverHit")
+    model = nn.ModuleDict({"mlp": layer})
+    with fake_group(4):
+        mesh = init_device_mesh("cpu", (4,))
+        with pytest.raises(ShardingError, match=r"only a forward can tell: call shard_experts\(model, mesh, example_inputs\)"):
+            shard_experts(model, mesh)
+        shard_experts(layer, mesh, inputs)
+    parameters = {n: p for n, p in layer.named_parameters() if n.startswith("experts.")}
+    held = {n.split(".")[1] for n, p in parameters.items() if p.to_local().numel()}
+    assert len(parameters) == 4 * forms.EXPERTS and held == {"0"}
 
 
-def test_a_list_of_experts_is_refused_by_name() -> None:
-    with pytest.raises(ShardingError, match=r"mlp\.experts is a ModuleList of 4 modules, one for each expert"):
-        with fake_group(4):
-            shard_experts(nn.ModuleDict({"mlp": ListOfExperts()}), init_device_mesh("cpu", (4,)))
+def test_experts_of_a_layer_that_is_missed_are_refused_with_the_reason() -> None:
+    layer, inputs = forms.build("SoftMixture")
+    with fake_group(4), pytest.raises(ShardingError, match="experts is unbalanceable: every expert computes every token"):
+        shard_experts(layer, init_device_mesh("cpu", (4,)), inputs)
 
 
 def test_a_tie_to_something_else_is_refused_by_name() -> None:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ultraep_compile.ops.expert_tensor import ExpertTensor
+
 
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
@@ -57,8 +59,8 @@ def _pipeline_of(parameters: list[Tensor]) -> tuple[dist.ProcessGroup | None, li
 def _norm(grads: list[Tensor], norm_type: float, parameters: list[Tensor]) -> Tensor:
     by_mesh: dict[object, list[Tensor]] = defaultdict(list)
     for grad in grads:
-        by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(grad)
-    norms = [_plain(torch.nn.utils.get_total_norm(part, norm_type)) for part in by_mesh.values()]
+        by_mesh[_holders_of(grad)].append(grad)
+    norms = [_norm_over(where, part, norm_type) for where, part in by_mesh.items()]
     if not norms and parameters:
         first = parameters[0]
         norms = [torch.zeros((), device=first.device)]
@@ -76,5 +78,20 @@ def _over_pipeline(norm: Tensor, group: dist.ProcessGroup, norm_type: float) -> 
     return (norm ** (1.0 / norm_type)).float()
 
 
-def _plain(norm: Tensor) -> Tensor:
+def _holders_of(grad: Tensor) -> object:
+    """Who has a gradient, or a part of it: nobody but this rank, a mesh, or the owners of a group."""
+    if isinstance(grad, ExpertTensor):
+        return vars(grad)["_expert_group"]
+    return grad.device_mesh if isinstance(grad, DTensor) else None
+
+
+def _norm_over(where: object, grads: list[Tensor], norm_type: float) -> Tensor:
+    if isinstance(where, str):
+        mine = [g.to_local() for g in grads if g.to_local().numel()]  # pyright: ignore[reportAttributeAccessIssue]
+        norm = torch.nn.utils.get_total_norm(mine, norm_type).to(grads[0].device).reshape(1)
+        group = dist.distributed_c10d._resolve_process_group(where)  # pyright: ignore
+        norms = [torch.empty_like(norm) for _ in range(group.size())]
+        dist.all_gather(norms, norm, group=group)
+        return torch.nn.utils.get_total_norm(norms, norm_type)
+    norm = torch.nn.utils.get_total_norm(grads, norm_type)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

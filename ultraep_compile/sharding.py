@@ -1,76 +1,35 @@
 """Give every rank of a process group its own experts, in place, without the model noticing.
 
-A stacked expert tensor [E, ...] becomes a `DTensor` sharded on dim 0, so `state_dict`, optimizers and distributed
-checkpoints see the same name, shape and dtype. Read in a forward, the attribute goes through `ultraep::unshard`, which
-gathers the whole: the model stays correct in eager mode and under any compiler, and the `ultraep` backend removes the
-gather where it balances. Read anywhere else (initialisation, freezing, checkpointing) it is the `DTensor` itself.
+A stacked expert tensor [E, ...] becomes a `DTensor` sharded on dim 0, a tensor of one expert an `ExpertTensor` on its
+owner, so `state_dict`, optimizers and distributed checkpoints see the same name, shape and dtype. Read in a forward, a
+stacked attribute goes through `ultraep::unshard`, which gathers the whole: the model stays correct in eager mode and
+under any compiler, and the `ultraep` backend removes the gather where it balances. Read anywhere else (initialisation,
+freezing, checkpointing) it is the `DTensor` itself. Layers that were lifted gather once a call (`ladder/divided.py`).
 """
 
 from __future__ import annotations
 
-import functools
-import sys
+import logging
 import warnings
-from collections.abc import Iterator
-from types import FrameType, MethodType
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ultraep_compile.errors import ShardingError
-from ultraep_compile.ops.transport import CollectiveTransport, transport_for
-from ultraep_compile.preparation import prepare
+from ultraep_compile.ladder.divided import Division, division_of
+from ultraep_compile.ladder.install import LayerFacts, lifted_layer
+from ultraep_compile.ops.expert_tensor import own
+from ultraep_compile.preparation import findings_of, prepare
+from ultraep_compile.sharded_modules import divide_class, is_sharded, own_part, replace, sharded_class
 
-_SHARDED = "_ultraep_sharded_parameters"
-
-
-@torch.library.custom_op("ultraep::unshard", mutates_args=())
-def unshard(local: Tensor, experts: int, ranks: int, group: str) -> Tensor:
-    """All ranks' experts [E, ...] from this rank's [E/R, ...].
-
-    Its gradient is the owner's share of the gradient of the mean of the ranks' losses.
-    """
-    transport = transport_for(ranks, group)
-    assert isinstance(transport, CollectiveTransport)
-    out = local.new_empty(experts, *local.shape[1:])
-    transport.all_gather(out, local)
-    return out
-
-
-@unshard.register_fake
-def _(local: Tensor, experts: int, ranks: int, group: str) -> Tensor:
-    return local.new_empty(experts, *local.shape[1:])
-
-
-@torch.library.custom_op("ultraep::reshard_grad", mutates_args=())
-def reshard_grad(grad: Tensor, ranks: int, group: str) -> Tensor:
-    """This rank's part [E/R, ...] of the mean over ranks of `grad` [E, ...]."""
-    transport = transport_for(ranks, group)
-    assert isinstance(transport, CollectiveTransport)
-    parts = [p.contiguous() for p in grad.chunk(ranks)]
-    # gloo has no reduce_scatter for every build: exchange the parts, then add them in rank order.
-    arrived = transport.all_to_all(torch.cat(parts), [p.shape[0] for p in parts], [parts[0].shape[0]] * ranks)
-    wide = arrived.view(ranks, -1, *grad.shape[1:]).to(torch.promote_types(grad.dtype, torch.float32))
-    return (wide.sum(0) / ranks).to(grad.dtype)
-
-
-@reshard_grad.register_fake
-def _(grad: Tensor, ranks: int, group: str) -> Tensor:
-    return grad.new_empty(grad.shape[0] // ranks, *grad.shape[1:])
-
-
-def _unshard_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, _, ctx.ranks, ctx.group = inputs
-
-
-unshard.register_autograd(
-    lambda ctx, grad: (reshard_grad(grad.contiguous(), ctx.ranks, ctx.group), None, None, None),
-    setup_context=_unshard_setup,
-)
+log = logging.getLogger(__name__)
 
 
 def stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, list[str]]]:
@@ -93,13 +52,49 @@ def stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, lis
             yield name, module, experts, [n for n, p in own.items() if p.dim() and p.shape[0] == experts]
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Keep only this rank's experts of every stacked expert module; in place, returns the model. Calls `prepare(model)`.
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Tensors of one module that hold all experts along dim 0."""
+
+    path: str
+    module: nn.Module
+    experts: int
+    names: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A lifted layer: its experts' parameters as paths inside the module."""
+
+    path: str
+    module: nn.Module
+    facts: LayerFacts
+
+    def lists(self) -> Iterator[tuple[str, ...]]:
+        """Roles with a parameter for each expert. One without dims stays whole on all ranks."""
+        for names in self.facts.holders:
+            if len(names) > 1 and self.module.get_parameter(names[0]).dim():
+                yield names
+
+    def stacks(self) -> Iterator[str]:
+        """Parameters in which the experts stand one after the other."""
+        for names in self.facts.holders:
+            if len(names) == 1 and self.module.get_parameter(names[0]).shape[0] % (self.facts.experts or 1) == 0:
+                yield names[0]
+
+
+def shard_experts(
+    model: nn.Module, mesh: DeviceMesh, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
+) -> nn.Module:
+    """Keep only this rank's experts of every MoE layer; in place, returns the model. Calls `prepare(model, example_inputs)`.
 
     Args:
         model: every rank must hold the same weights (same seed or checkpoint), or a model on the meta device, to be
             filled after `to_empty` by a checkpoint.
         mesh: one-dimensional device mesh; rank r keeps experts r*E/R .. (r+1)*E/R - 1.
+        example_inputs: of one forward. Needed where experts are modules of their own or rows of a flat matrix, which only a
+            forward tells from other modules; not needed again after `prepare(model, example_inputs)`, nor for transformers
+            models that bring `dummy_inputs`.
     Raises: ShardingError if the experts cannot be divided, or the model has none.
 
     Call it before making the optimizer. Expert parameters are marked so that `DistributedDataParallel` leaves them
@@ -110,36 +105,88 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         raise ShardingError(
             f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}. Pass the one-dimensional expert mesh, e.g. mesh['ep']."
         )
-    prepare(model)
-    found = [f for f in stacked_experts(model) if not hasattr(f[1], _SHARDED)]
-    if not found and not any(hasattr(m, _SHARDED) for m in model.modules()):
-        raise ShardingError(f"no stacked experts found: {_what_there_is(model)}")
-    ranks = mesh.size()
-    for name, module, experts, _ in found:
+    prepare(model, example_inputs)
+    layers, stacks = _what_to_divide(model)
+    if not (layers or stacks) and example_inputs is None and _bring_own_inputs(model):
+        layers, stacks = _what_to_divide(model)
+    if not (layers or stacks) and not any(is_sharded(m) for m in model.modules()):
+        raise ShardingError(f"no experts found that could be divided: {_what_there_is(model)}")
+    ranks, group = mesh.size(), mesh.get_group().group_name
+    for path, experts in [*((s.path, s.experts) for s in stacks), *((x.path, x.facts.experts or 1) for x in layers)]:
         if experts % ranks:
             fits = [r for r in range(1, experts + 1) if experts % r == 0]
             raise ShardingError(
-                f"{name}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
+                f"{path}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
             )
-        _refuse_unregistered(name, module, experts)
-    _refuse_foreign_ties(model, found)
+    for stack in stacks:
+        _refuse_unregistered(stack.path, stack.module, stack.experts)
+    _refuse_foreign_ties(model, layers, stacks)
     if ranks < dist.get_world_size():
         warnings.warn(
             f"ultraep: experts are divided over {ranks} of {dist.get_world_size()} processes, and their gradients are those of "
             "these. Where others hold the same experts, average the gradients of expert parameters over them.",
             stacklevel=2,
         )
-    ignored: set[str] = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    ties: dict[Tensor, Tensor] = {}
-    for name, module, experts, tensors in found:
-        for tensor in tensors:
-            _shard(module, tensor, mesh, ties)
-            ignored.add(f"{name}.{tensor}" if name else tensor)
-        module.__class__ = _sharded_class(type(module), tuple(tensors), experts, ranks, mesh.get_group().group_name)
+    names = _divide(layers, stacks, mesh, ranks, group)
+    ignored = names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # pyright: ignore[reportArgumentType]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # pyright: ignore[reportArgumentType]
     return model
+
+
+def _what_to_divide(model: nn.Module) -> tuple[list[_Layer], list[_Stack]]:
+    """What is not divided yet. A stack inside a lifted layer counts as both: the layer knows how to gather it."""
+    layers = [
+        _Layer(path, module, layer.facts)
+        for path, module in model.named_modules()
+        if (layer := lifted_layer(module)) is not None and division_of(module) is None
+    ]
+    stacks = {id(m): _Stack(p, m, e, names) for p, m, e, names in stacked_experts(model) if not is_sharded(m)}
+    for layer in layers:
+        for inside in layer.stacks():
+            parent, _, name = inside.rpartition(".")
+            module = layer.module.get_submodule(parent)
+            path = ".".join(p for p in (layer.path, parent) if p)
+            stack = stacks.setdefault(id(module), _Stack(path, module, layer.facts.experts or 1, []))
+            if name not in stack.names and not is_sharded(module):
+                stack.names.append(name)
+    return layers, [s for s in stacks.values() if s.names]
+
+
+def _bring_own_inputs(model: nn.Module) -> bool:
+    """Prepare a model of transformers with the example that it brings itself."""
+    try:
+        inputs = dict(model.dummy_inputs)  # pyright: ignore
+        device = next(model.parameters()).device
+        prepare(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    except Exception as reason:  # it was only worth a try
+        log.debug("the model brings no example inputs that it can run", exc_info=reason)
+        return False
+    return True
+
+
+def _divide(layers: list[_Layer], stacks: list[_Stack], mesh: DeviceMesh, ranks: int, group: str) -> set[str]:
+    """Replace parameters by this rank's part of them; the names of all that were."""
+    names: set[str] = set()
+    ties: dict[Tensor, Tensor] = {}
+    for stack in stacks:
+        for name in stack.names:
+            replace(stack.module, name, lambda whole: own_part(whole, mesh), ties)
+            names.add(".".join(p for p in (stack.path, name) if p))
+        stack.module.__class__ = sharded_class(type(stack.module), tuple(stack.names), ranks, group)
+    owners = [int(r) for r in mesh.mesh.flatten()]
+    for layer in layers:
+        lists = tuple(layer.lists())
+        for role in lists:
+            each = len(role) // ranks
+            for expert, inside in enumerate(role):
+                parent, _, name = inside.rpartition(".")
+                holder = layer.module.get_submodule(parent)
+                replace(holder, name, lambda whole, e=expert, n=each: own(whole, owners[e // n], group), ties)
+                names.add(".".join(p for p in (layer.path, inside) if p))
+        divide_class(layer.module, Division(ranks, group, lists, tuple(layer.stacks())))
+    return names
 
 
 def _save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> Any:
@@ -164,87 +211,28 @@ def _refuse_unregistered(name: str, module: nn.Module, experts: int) -> None:
             )
 
 
-def _refuse_foreign_ties(model: nn.Module, found: list[tuple[str, nn.Module, int, list[str]]]) -> None:
-    """A tensor may be tied between expert modules, where all its places change together, but not to anything else."""
-    places = {(m, tensor) for _, m, _, tensors in found for tensor in tensors}
-    names = {getattr(m, tensor): f"{name}.{tensor}" for name, m, _, tensors in found for tensor in tensors}
+def _refuse_foreign_ties(model: nn.Module, layers: list[_Layer], stacks: list[_Stack]) -> None:
+    """A tensor may be tied between experts, where all its places change together, but not to anything else."""
+    places = {(s.module, name): f"{s.path}.{name}" for s in stacks for name in s.names}
+    for layer in layers:
+        for inside in (name for role in layer.lists() for name in role):
+            parent, _, name = inside.rpartition(".")
+            places[layer.module.get_submodule(parent), name] = f"{layer.path}.{inside}"
+    names = {getattr(module, name): path for (module, name), path in places.items()}
     for path, module in model.named_modules():
-        for tensor, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None and value in names and (module, tensor) not in places:
-                raise ShardingError(
-                    f"{names[value]} is tied to {path}.{tensor}, which holds no experts. Untie them first."
-                )
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and value in names and (module, name) not in places:
+                raise ShardingError(f"{names[value]} is tied to {path}.{name}, which holds no experts. Untie them first.")
 
 
 def _what_there_is(model: nn.Module) -> str:
-    """Why there is nothing to shard, and what to do."""
-    for name, module in model.named_modules():
-        parts = list(module.children()) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else []
-        shapes = {tuple((n, p.shape) for n, p in part.named_parameters()) for part in parts}
-        if len(parts) > 1 and len(shapes) == 1 and "expert" in name.lower():
-            return (
-                f"{name} is a {type(module).__name__} of {len(parts)} modules, one for each expert, and only parameters of "
-                "shape [experts, in, out] can be sharded. Stack them, or keep the experts whole and pass options={'group': ...}."
-            )
+    """Why there is nothing to divide, and what to do."""
+    refused = [f for f in findings_of(model) if f.rung in ("missed", "unbalanceable")]
+    if refused:
+        return f"{refused[0].path} is {refused[0].rung}: {refused[0].reason}"
+    if findings_of(model):
+        return "the model is dense as far as its forward shows. `ultraep-compile explain` shows what it looks like to us."
     return (
-        "no module owns a parameter of shape [experts, in, out]. `ultraep-compile explain` shows what the model looks like "
-        "to us."
+        "no module owns a parameter of shape [experts, in, out]. If its experts are modules of their own, only a forward can "
+        "tell: call shard_experts(model, mesh, example_inputs). `ultraep-compile explain` shows what the model looks like to us."
     )
-
-
-def _shard(module: nn.Module, name: str, mesh: DeviceMesh, ties: dict[Tensor, Tensor]) -> None:
-    """Put this rank's part into the place of a whole tensor. `ties` keeps tied tensors tied."""
-    holder = module._parameters if name in module._parameters else module._buffers
-    whole = holder[name]
-    assert whole is not None
-    if whole not in ties:
-        part = _own_part(whole.detach(), mesh)
-        ties[whole] = nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part
-        vars(ties[whole]).update(vars(whole))  # marks that optimizers and libraries left
-    holder[name] = ties[whole]  # pyright: ignore[reportArgumentType]
-
-
-def _own_part(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    here = whole.shape[0] // mesh.size()
-    local = whole.narrow(0, mesh.get_local_rank() * here, here).clone(memory_format=torch.contiguous_format)
-    stride = torch.empty(whole.shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=stride)
-
-
-@functools.cache
-def _sharded_class(base: type[nn.Module], names: tuple[str, ...], experts: int, ranks: int, group: str) -> type:
-    """The module's own class, but reading a sharded tensor in a forward gathers it, and loading divides whole tensors."""
-
-    def reader(name: str) -> property:
-        def read(self: nn.Module) -> Any:
-            tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
-            if isinstance(tensor, DTensor) and (torch.compiler.is_compiling() or _in_a_forward()):
-                return torch.ops.ultraep.unshard(tensor.to_local(), experts, ranks, group)
-            return tensor
-
-        return property(read)
-
-    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in names:
-            given = state_dict.get(prefix + name)
-            tensor = self._parameters.get(name, self._buffers.get(name))
-            if not isinstance(given, Tensor) or isinstance(given, DTensor) or not isinstance(tensor, DTensor):
-                continue
-            if given.shape == tensor.shape:
-                given = given if tensor.is_meta else given.to(tensor.device)
-                state_dict[prefix + name] = _own_part(given, tensor.device_mesh)
-        base._load_from_state_dict(self, state_dict, prefix, *rest)
-
-    members: dict[str, Any] = {name: reader(name) for name in names}
-    members |= {_SHARDED: names, "_load_from_state_dict": load, "__module__": base.__module__}
-    return type(base.__name__, (base,), members)
-
-
-def _in_a_forward() -> bool:
-    """Is a module being called? Only there do weights take part in a computation; elsewhere they are held, initialised or
-    saved, perhaps on one rank alone, and a gather would wait for the others for ever.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not nn.Module._wrapped_call_impl.__code__:
-        frame = frame.f_back
-    return frame is not None

@@ -6,7 +6,7 @@ import torch._dynamo
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-import ultraep_compile.sharding  # noqa: F401  (defines the unshard op)
+import ultraep_compile.ops  # noqa: F401  (defines the unshard op)
 from tests import zoo
 from tests.passes.harness import capture, compare_models, insert_reference_op, run_site
 from ultraep_compile.passes.lift import Site, find_moe_sites, verify_site

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ultraep_compile.ladder.divided import division_of, own_forward
 from ultraep_compile.ladder.recording import Call, is_sizes
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -20,8 +23,8 @@ class LayerFacts:
 
     experts: int | None = None
     top_k: int | None = None
-    parameters: tuple[str, ...] = ()
-    """Per-expert parameters, as paths inside the module."""
+    holders: tuple[tuple[str, ...], ...] = ()
+    """Per-expert parameters, as paths inside the module: for each role one that holds all experts, or one for each expert."""
     form: str = ""
     """How the experts were called: `one by one` or `together`."""
     counted: bool = False
@@ -29,6 +32,10 @@ class LayerFacts:
     source: str = ""
     lead: tuple[int, ...] | None = None
     """The only shape of tokens that the new forward is good for; None for any."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(itertools.chain(*self.holders))
 
 
 @dataclass(slots=True)
@@ -39,6 +46,8 @@ class LiftedLayer:
     functions: dict[bool, Callable]
     pattern: Pattern
     sources: dict[bool, str]
+    code: CodeType | None = None
+    """Of the forward of all modules that this was installed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +119,12 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
             tensors = layer.pattern.inputs(args, kwargs)
             if tensors is not None and _good_for(layer.facts.lead, tensors):
                 return layer.functions[self.training](self, *tensors)
-        return base.forward(self, *args, **kwargs)
+        return own_forward(base, self, args, kwargs)
 
-    _swap_class(owner, {"forward": forward, _LAYER: layer})
+    # Compiled graphs are counted by code object: layers of one kind share theirs, others must not use up its limit.
+    layer.code = layer.code or forward.__code__.replace()
+    forward.__code__ = layer.code
+    swap_class(owner, {"forward": forward, _LAYER: layer})
 
 
 def keep_counts(owner: nn.Module) -> None:
@@ -127,19 +139,20 @@ def keep_counts(owner: nn.Module) -> None:
                 return base.forward(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
-    _swap_class(owner, {"forward": forward, _COUNTS: True})
+    swap_class(owner, {"forward": forward, _COUNTS: True})
 
 
 _COUNTS = "_ultraep_keeps_counts"
 
 
-def _swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
-    """Another class for one module; pickles and copies of it are of the unmodified class."""
+def swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
+    """Another class for one module; pickles and copies of it are of the unmodified class, unless its experts are divided."""
     base = type(owner)
     plain = next(c for c in base.__mro__ if "_ultraep_plain" not in vars(c))
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return plain.__new__, (plain,), self.__getstate__()
+        kind = type(self) if division_of(self) else plain
+        return kind.__new__, (kind,), self.__getstate__()
 
     members = {**members, "__reduce_ex__": reduce, "__module__": base.__module__, "_ultraep_plain": plain}
     owner.__class__ = type(base.__name__, (base,), members)

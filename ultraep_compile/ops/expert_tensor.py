@@ -1,0 +1,116 @@
+"""A tensor of one expert that one rank holds: what `shard_experts` makes of the parameters of experts that are modules.
+
+It is a `DTensor` on the mesh of its owner alone, which is what torch's checkpoints, optimizers and compilers understand
+as "another rank has it". Two things differ from a plain one: `full_tensor` brings the value to every rank of the group,
+and so does what `get_model_state_dict(..., full_state_dict=True)` calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils import _pytree as pytree
+
+
+class ExpertTensor(DTensor):
+    """See the module. Made by `own`, or by `mark` from a `DTensor` that torch computed from one."""
+
+    _expert_group: str
+    """Name of the group whose ranks share the experts."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs or {})
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, ExpertTensor)]
+        group = next((vars(t).get("_expert_group", "") for t in given), "")
+        written = {id(t._local_tensor): t for t in given} if func._schema.is_mutable else {}
+
+        def as_given(value: Any) -> Any:
+            if type(value) is not DTensor:
+                return value
+            return written.get(id(value._local_tensor)) if id(value._local_tensor) in written else mark(value, group)
+
+        return pytree.tree_map(as_given, out)
+
+    @staticmethod
+    def __tensor_unflatten__(*parts: Any) -> ExpertTensor:
+        return mark(DTensor.__tensor_unflatten__(*parts), "")
+
+    @property
+    def owner(self) -> int:
+        """Global rank that holds the value."""
+        return int(self.device_mesh.mesh.flatten()[0])
+
+    def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
+        """The value, on every rank of the group; all of them must call this."""
+        group = dist.distributed_c10d._resolve_process_group(vars(self)["_expert_group"])  # pyright: ignore
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.to_local().device)
+        if dist.get_rank() == self.owner:
+            out.copy_(self.to_local().detach())
+        dist.broadcast(out, self.owner, group=group)
+        return out
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **_: Any) -> DTensor:
+        """Called by torch to gather a state dict."""
+        return DTensor.from_local(self.full_tensor(), _mesh_of(dist.get_rank(), self.device.type), [Replicate()], run_check=False)
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        grad = DTensor.grad.__get__(self)  # type: ignore[attr-defined]
+        return mark(grad, vars(self).get("_expert_group", "")) if type(grad) is DTensor else grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        DTensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertTensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        new = _distributed(self._local_tensor.detach().clone(), self.device_mesh, self.shape, self.stride())
+        if isinstance(self, nn.Parameter):
+            new = nn.Parameter(new, self.requires_grad)
+        new = mark(new, vars(self)["_expert_group"])
+        memo[id(self)] = new
+        if self.grad is not None:
+            new.grad = copy.deepcopy(self.grad, memo)
+        return new
+
+
+def own(whole: Tensor, owner: int, group: str) -> ExpertTensor:
+    """An expert's tensor, held by global rank `owner`. Every rank of the world must come here in the same order."""
+    mine = dist.get_rank() == owner
+    local = whole.detach().clone(memory_format=torch.contiguous_format) if mine else whole.new_empty(0)
+    stride = torch.empty(whole.shape, device="meta").stride()
+    return mark(_distributed(local, _mesh_of(owner, whole.device.type), whole.shape, stride), group)
+
+
+def mark(tensor: DTensor, group: str) -> ExpertTensor:
+    """Make a `DTensor` on its owner's mesh one of ours, in place."""
+    tensor.__class__ = ExpertTensor
+    tensor._expert_group = group  # type: ignore[attr-defined]
+    if tensor.device_mesh.get_coordinate() is None and tensor._local_tensor.dim() != max(tensor.dim(), 1):
+        # Elsewhere torch keeps a part of one dim; autograd of `to_local` wants as many dims as the whole has.
+        tensor._local_tensor = tensor._local_tensor.new_empty(0, *tensor.shape[1:])
+    return tensor  # type: ignore[return-value]
+
+
+def _distributed(local: Tensor, mesh: DeviceMesh, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
+    return DTensor.from_local(local, mesh, [Replicate()], run_check=False, shape=shape, stride=stride)
+
+
+@functools.lru_cache(maxsize=4)
+def _meshes(device: str, world: Any) -> list[DeviceMesh]:
+    return [DeviceMesh(device, [rank]) for rank in range(dist.get_world_size())]
+
+
+def _mesh_of(rank: int, device: str) -> DeviceMesh:
+    """The mesh of one rank; the meshes of all are made together, since every process must take part."""
+    kind = next((t for t in ("cuda", "cpu") if t == device), "cuda" if torch.cuda.is_available() else "cpu")
+    return _meshes(kind, dist.group.WORLD)[rank]
