@@ -13,6 +13,7 @@ from ultraep_compile.config import Options
 from ultraep_compile.errors import TopologyError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.ops.routing import must_agree
 from ultraep_compile.passes.lift import Site, expert_mm, expert_take, replace_site
 from ultraep_compile.passes.lift.nodes import is_attribute, is_unshard, upstream
 from ultraep_compile.passes.own_part import own_part
@@ -65,11 +66,17 @@ def prepare_site(
     content = repr((label, layout, group, sharded, program.key, options.digest()))
     key = f"{label}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     register_site(key, made)
+    if group:
+        asked = {n: getattr(options, n) for n in ("planner", "redundant_experts", "balance_from", "transport")}
+        sizes = {"experts": layout.experts, "top_k": site.top_k, "rows": signature.rows.dtype}
+        must_agree(key, **asked, **sizes, torch=torch.__version__)
     return key, made
 
 
-def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, planner: str) -> list[fx.Node]:
-    """Rewrite one site. Returns nodes of the old region that had to stay because something else reads them."""
+def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, planner: str, least: int = 0) -> list[fx.Node]:
+    """Rewrite one site, planned for batches of at least so many routed pairs. Returns nodes of the old region that had to
+    stay because something else reads them.
+    """
     ops, layout = torch.ops.ultraep, made.layout
 
     def make_rows(graph: fx.Graph, site: Site) -> fx.Node:
@@ -80,7 +87,7 @@ def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, p
         counts = graph.call_function(
             ops.expert_load.default, (ids, scores, layout.experts, layout.ranks, made.group, key)
         )
-        plan = graph.call_function(ops.plan.default, (counts, layout.slots, planner, key))
+        plan = graph.call_function(ops.plan.default, (counts, layout.slots, planner, key, least))
         slot_expert = graph.call_function(operator.getitem, (plan, 0))
         shares = graph.call_function(operator.getitem, (plan, 1))
         physical = graph.call_function(ops.reroute.default, (ids, slot_expert, shares, layout.experts, made.group, key))

@@ -21,6 +21,7 @@ from ultraep_compile.ops.transport import choose_transport
 from ultraep_compile.passes.insert_balance import insert_balance, prepare_site, site_layout
 from ultraep_compile.passes.lift import Miss, Site, find_moe_sites, verify_site
 from ultraep_compile.passes.lift.nodes import is_unshard, upstream
+from ultraep_compile.worth import NEVER, least_pairs
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,10 @@ def prove_rows_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
 def insert_balance_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
     """Replace every proven site by load, plan, reroute and the balanced experts. Bitwise neutral in forward."""
     for site, owner, (key, made) in zip(rewrite.sites, rewrite.owners, rewrite.prepared.items(), strict=True):
-        stayed = insert_balance(owner, site, key, made, rewrite.options.planner)
+        least = least_pairs(made, site.top_k, rewrite.options.balance_from, torch.is_grad_enabled())
+        stayed = insert_balance(owner, site, key, made, rewrite.options.planner, least)
+        if least:
+            log.info("%s: planned from %s routed pairs on", site.name, "no number of" if least == NEVER else least)
         if stayed:
             log.info("%s: %d nodes stay because something else reads them", site.name, len(stayed))
     for each in {id(o): o for o in [*rewrite.owners, gm]}.values():

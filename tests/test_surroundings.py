@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from tests import pretraining_style, zoo
 from tests.balancing import assert_as_good_as_eager, backend, oracle_step, prepared, relative, step
 from ultraep_compile.config import Options
+from ultraep_compile.cost_model import Layer
 from ultraep_compile.errors import OptionError, RoutingError
+from ultraep_compile.ops import routing
 from ultraep_compile.report import collect_reports
+from ultraep_compile.worth import NEVER, _solved
 
 Pair = tuple[nn.Module, nn.Module]
 
@@ -219,6 +222,43 @@ def test_generation_with_a_cache(cache: dict) -> None:
         ours = model.generate(ids, max_new_tokens=6, do_sample=False, **cache)
     assert torch.equal(ours, plain.generate(ids, max_new_tokens=6, do_sample=False))
     assert len(collected.graphs[0].prepared) == zoo.LAYERS and not collected.graphs[0].misses
+
+
+def test_decoding_is_not_planned_below_the_threshold(monkeypatch) -> None:
+    """With `balance_from`, prefill is balanced, steps of few tokens are not planned, and the tokens are the same."""
+    plain, _ = prepared("mixtral", "batched_mm", output_router_logits=False)
+    plain.eval()
+    with torch.no_grad():
+        for layer in plain.model.layers:
+            layer.mlp.gate.weight[0] += 0.3  # one expert is hot
+    ids = zoo.tokens(2, 24)["input_ids"]
+    calls: list[tuple[int, str]] = []
+    make = routing.make_plan
+
+    def counted(counts, slots, planner, **rest):
+        calls.append((int(counts.sum()), planner))
+        return make(counts, slots, planner, **rest)
+
+    monkeypatch.setattr(routing, "make_plan", counted)
+    expected = plain.generate(ids, max_new_tokens=4, do_sample=False)
+    for start, threshold in ((40, 40 * zoo.TOP_K), ("auto", NEVER)):
+        calls.clear()
+        torch._dynamo.reset()
+        model = copy.deepcopy(plain)
+        model.compile(backend=backend(ranks=4, balance_from=start))
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+        assert {n for n, _ in calls} == {2 * zoo.TOP_K, 48 * zoo.TOP_K}
+        assert all(planner == ("quota" if n >= threshold else "none") for n, planner in calls)
+
+
+def test_thresholds_follow_the_cost_model() -> None:
+    """Large experts pay from a few hundred tokens a rank on, and copies of them need more tokens in serving than tiny ones."""
+    layer = Layer.gated(4096, 1536, 8)
+    serving, training = (_solved(layer, 128, 8, 2, t) for t in (False, True))
+    assert serving is not None and training is not None and 8 * 64 < training and 8 * 64 < serving < 8 * 65536
+    assert _solved(layer, 128, 1, 2, True) is None and _solved(layer, 128, 8, 0, True) is None
+    with pytest.raises(OptionError, match="'balance_from' is 'often'"):
+        Options(balance_from="often")
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ class Options:
     """How copies are planned: `quota` (best of several exact planners), or for comparison `greedy`, `eplb`, `lplb` and
     `none` (experts stay where they are)."""
 
+    balance_from: int | str = 0
+    """Tokens of one call, over all ranks, from which on a layer is planned. With fewer, as in decoding, experts compute
+    where they are at home, with the same result. 0: always; `auto`: where the cost model expects copies to pay."""
+
     inner: str = "inductor"
     """The compiler that gets the rewritten graph: `inductor`, `aot_eager` or `eager`."""
 
@@ -69,6 +73,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise OptionError(f"option {name!r} is {value}. Give 0 or more.")
+        start = self.balance_from
+        if start != "auto" and (isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 2**31):
+            raise OptionError(f"option 'balance_from' is {start!r}. Give a number of tokens, 0 or more, or 'auto'.")
         planner_by_name(self.planner)
         if self.transport not in TRANSPORTS:
             raise OptionError(f"unknown transport {self.transport!r}. {nearest(self.transport, TRANSPORTS)}")
@@ -123,7 +130,7 @@ def _from_environment() -> dict[str, Any]:
         if not text:
             continue
         found[option.name] = text
-        if "int" in str(option.type):
+        if "int" in str(option.type) and not ("str" in str(option.type) and not text.lstrip("-").isdigit()):
             try:
                 found[option.name] = int(text)
             except ValueError:

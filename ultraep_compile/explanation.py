@@ -19,9 +19,11 @@ from ultraep_compile.ladder.climb import Finding
 from ultraep_compile.multimodal.describe import describe
 from ultraep_compile.multimodal.roles import no_roles, watch_roles
 from ultraep_compile.ops.experts import ExpertSite
+from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.passes.lift import Miss, Site
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
 from ultraep_compile.preparation import as_call, prepare_call
+from ultraep_compile.worth import tokens_to_break_even
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class SiteReport:
     """What was recognised."""
     copy_tokens: int | None = None
     """Rows that a rank computes while one copy travels, at H100 rates: N of `planner="quota:N"`."""
+    pays: str = ""
+    """From how many tokens on balancing pays, by the cost model: what `balance_from="auto"` goes by."""
 
     def to_json(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cost"}
@@ -93,6 +97,7 @@ class Explanation:
             lines += [f"  {s.source}"] if s.source else []
             lines += [f"  {s.rung}: {s.matched}"] if s.matched else []
             lines += [f"  {s.reason}"] if s.reason else []
+            lines += [f"  {s.pays}"] if s.pays else []
             if s.cost is not None:
                 lines += [f"  {name:<15} {value}" for name, value in s.cost.items()]
             if s.copy_tokens is not None:
@@ -244,7 +249,19 @@ def _rewritten(name: str, site: Site, made: ExpertSite, finding: Finding | None)
     return SiteReport(
         name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched,
         copy_tokens(layer, Rates()) if program.flops_per_row else None,
+        _pays(made, site.top_k),
     )  # fmt: skip
+
+
+def _pays(made: ExpertSite, top_k: int) -> str:
+    """The threshold for an example: as many ranks as divide the experts, up to 8, with the default number of slots."""
+    ranks = max(r for r in range(1, 9) if made.layout.experts % r == 0)
+    layout = ExpertLayout(made.layout.experts, ranks, min(2, made.layout.experts - made.layout.experts // ranks))
+    found = [tokens_to_break_even(dataclasses.replace(made, layout=layout), top_k, training) for training in (False, True)]
+    if ranks == 1:
+        return ""
+    serving, training = ("never" if n is None else f"from {n:,} tokens on" for n in found)
+    return f"on {ranks} GPUs balancing pays {serving} in serving, {training} in training (balance_from='auto' goes by that)"
 
 
 def _missed(miss: Miss) -> SiteReport:

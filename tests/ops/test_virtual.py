@@ -16,6 +16,7 @@ CASES = {  # tokens, choices, ranks, slots, skew
     "fewer-tokens-than-ranks": (3, 2, 8, 2, 1.0),
     "no-token": (0, 2, 4, 1, 0.0),
     "all-experts": (50, 8, 8, 2, 0.0),
+    "twice-the-same": (40, 2, 4, 2, 3.0),
     "two-ranks-odd": (37, 3, 2, 1, 3.0),
 }
 
@@ -34,6 +35,8 @@ def test_matches_oracle_and_is_bitwise_unbalanced(case: str, dtype: torch.dtype)
     layout = ExpertLayout(8, ranks, slots)
     key = make_site(layout, dtype)
     hidden, params, ids = make_inputs(tokens, choices, 8, dtype, skew)
+    if case == "twice-the-same":
+        ids = ids[:, :1].expand(-1, 2)
     ours = _gradients(lambda h, p: balanced(h, p, ids, layout, key, "quota"), hidden, params)
     plain = _gradients(lambda h, p: balanced(h, p, ids, layout, key, "none"), hidden, params)
     exact = _gradients(lambda h, p: oracle(h, p, ids), hidden.double(), [p.double() for p in params])

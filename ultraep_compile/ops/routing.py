@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import struct
 import time
+import zlib
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ultraep_compile.errors import RoutingError
+from ultraep_compile.errors import OptionError, RoutingError
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
 from ultraep_compile.ops.transport import SymmetricTransport, Transport, transport_for
-from ultraep_compile.planner import make_plan
+from ultraep_compile.planner import Plan, make_plan
 
 
 @torch.library.custom_op("ultraep::expert_load", mutates_args=())
@@ -56,15 +58,39 @@ def _checked_counts(
         counts = torch.bincount(cell.flatten(), minlength=hosted * experts).view(hosted, experts).to(torch.int32)
     if not group:
         return transport.gather_counts(counts)
-    report = torch.tensor([(fault or Fault()).packed()], dtype=torch.int32, device=ids.device)
+    mine = [*(fault or Fault()).packed(), zlib.crc32(repr(_agreed.get(site)).encode()) >> 1]
+    report = torch.tensor([mine], dtype=torch.int32, device=ids.device)
     packed = torch.cat([counts, report], 1)
     if isinstance(transport, SymmetricTransport):
         packed = transport.exchange_counts(packed[0], layer_name(site))
     else:
         packed = transport.gather_counts(packed)
     counts, reports = packed.split([experts, report.shape[1]], 1)
-    _raise_faults(reports.tolist(), experts, site)
+    found = reports.tolist()
+    _raise_faults([numbers[:-1] for numbers in found], experts, site)
+    if len({numbers[-1] for numbers in found}) > 1:
+        _raise_disagreement(group, site)
     return counts.contiguous()
+
+
+_agreed: dict[str, dict[str, str]] = {}
+
+
+def must_agree(site: str, **fields: object) -> None:
+    """What all ranks of a group must have alike at this layer; compared whenever they exchange counts."""
+    _agreed[site] = {name: str(value) for name, value in fields.items()}
+
+
+def _raise_disagreement(group: str, site: str) -> None:
+    """All ranks come here together, since all have seen the same reports."""
+    ranks = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
+    every: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather_object(every, _agreed.get(site) or {}, group=ranks)
+    names = [n for n in {n: None for fields in every for n in fields} if len({f.get(n) for f in every}) > 1]
+    text = "; ".join(f"{n}: " + ", ".join(f"{f.get(n)} on rank {r}" for r, f in enumerate(every)) for n in names)
+    raise OptionError(
+        f"{layer_name(site)}: the ranks do not agree ({text}). Give all of them the same options, model and versions."
+    )
 
 
 @expert_load.register_fake
@@ -138,19 +164,33 @@ def _raise_faults(reports: list[list[int]], experts: int, site: str) -> None:
 
 
 @torch.library.custom_op("ultraep::plan", mutates_args=())
-def plan(counts_RE: Tensor, redundant_experts: int, planner: str, site: str) -> tuple[Tensor, Tensor]:
+def plan(
+    counts_RE: Tensor, redundant_experts: int, planner: str, site: str, least: int = 0
+) -> tuple[Tensor, Tensor]:
     """Placement and exact shares for these loads: slot_expert_RS int32 [R, S], shares_RP int32 [R, P].
 
-    See `ultraep_compile.planner.make_plan`. Every rank computes the same plan from the same counts.
+    See `ultraep_compile.planner.make_plan`. Every rank computes the same plan from the same counts. Where all ranks
+    together have fewer than `least` routed pairs, nothing is copied.
     """
     started = time.perf_counter()
-    made = make_plan(counts_RE, redundant_experts, planner, check=False)  # counted by `expert_load`
+    made = _plan_if_worth(counts_RE, redundant_experts, planner, least)
     watch.planned(site, counts_RE, made.slot_expert_RS, made.shares_RP, started)
     return made.slot_expert_RS, made.shares_RP
 
 
+def _plan_if_worth(counts_RE: Tensor, redundant_experts: int, planner: str, least: int) -> Plan:
+    """Counted by `expert_load`, so not checked again."""
+    if not least or planner == "none":
+        return make_plan(counts_RE, redundant_experts, planner, check=False)
+    few = counts_RE.sum() < least
+    if not counts_RE.is_cuda:
+        return make_plan(counts_RE, redundant_experts, "none" if bool(few) else planner, check=False)
+    made, bare = (make_plan(counts_RE, redundant_experts, p, check=False) for p in (planner, "none"))
+    return Plan(*(torch.where(few, b, m) for b, m in zip(bare, made, strict=True)))  # the host does not wait for counts
+
+
 @plan.register_fake
-def _(counts_RE: Tensor, redundant_experts: int, planner: str, site: str) -> tuple[Tensor, Tensor]:
+def _(counts_RE: Tensor, redundant_experts: int, planner: str, site: str, least: int = 0) -> tuple[Tensor, Tensor]:
     ranks, experts = counts_RE.shape
     layout = ExpertLayout(int(experts), int(ranks), redundant_experts)
     return (
