@@ -45,6 +45,7 @@ def test_options_and_their_defaults() -> None:
         "group": None,
         "redundant_experts": 2,
         "planner": "quota",
+        "balance_from": 0,
         "inner": "inductor",
         "transport": "auto",
         "deadline_s": 300,

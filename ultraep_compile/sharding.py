@@ -157,9 +157,10 @@ def _what_to_divide(model: nn.Module) -> tuple[list[_Layer], list[_Stack]]:
 def _bring_own_inputs(model: nn.Module) -> bool:
     """Prepare a model of transformers with the example that it brings itself."""
     try:
-        inputs = dict(model.dummy_inputs)  # pyright: ignore
+        inputs: Any = model.dummy_inputs
         device = next(model.parameters()).device
-        prepare(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+        given: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        prepare(model, given)
     except Exception as reason:  # it was only worth a try
         log.debug("the model brings no example inputs that it can run", exc_info=reason)
         return False

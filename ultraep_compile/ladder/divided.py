@@ -51,7 +51,7 @@ def own_forward(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: d
     if division_of(module) is None:
         return base.forward(module, *args, **kwargs)
     if torch.compiler.is_compiling():
-        return _gathered_forward(base, module, args, kwargs)
+        return _gathered_forward(base, module, args, kwargs)  # pyright: ignore[reportCallIssue]
     with gathered(module):
         return base.forward(module, *args, **kwargs)
 

@@ -76,6 +76,7 @@ class ExpertTensor(DTensor):
         new = _distributed(self._local_tensor.detach().clone(), self.device_mesh, self.shape, self.stride())
         if isinstance(self, nn.Parameter):
             new = nn.Parameter(new, self.requires_grad)
+        assert isinstance(new, DTensor)
         new = mark(new, vars(self)["_expert_group"])
         memo[id(self)] = new
         if self.grad is not None:

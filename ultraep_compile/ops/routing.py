@@ -120,8 +120,9 @@ class Fault:
 
     @classmethod
     def unpacked(cls, numbers: list[int]) -> Fault:
-        (value,) = struct.unpack("<d", struct.pack("<2i", *numbers[3:]))
-        return cls(*numbers[:3], value)
+        kind, token, column, *bits = numbers
+        (value,) = struct.unpack("<d", struct.pack("<2i", *bits))
+        return cls(kind, token, column, value)
 
     def text(self, experts: int) -> str:
         if self.kind == 1:
