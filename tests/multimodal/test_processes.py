@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import ultraep_compile
 from tests import zoo_wide
-from tests.multimodal import generating, more_families, test_families
+from tests.multimodal import generating, handwritten, more_families, test_families
 from tests.multirank import run_ranks
 from ultraep_compile.multimodal.check import relative_error
 from ultraep_compile.multimodal.skeleton import loss_of
@@ -23,6 +23,8 @@ def _build(name):
     if name.startswith("generating"):
         _, kind, text = name.split(":")
         return generating.build(kind, text == "text", samples=8)
+    if name in ("prefix", "crossing"):
+        return handwritten.build(name)
     return more_families.build(name) if name in more_families.MORE else test_families.build(name)
 
 
@@ -78,6 +80,11 @@ def test_every_family(ranks):
 def test_generators(generator):
     names = [f"generating:{kind}:{text}" for kind in ("flow", "codes") for text in ("text", "silent")]
     assert_equal(2, names, generator=generator)
+
+
+@pytest.mark.slow
+def test_written_by_hand():
+    assert_equal(2, ("prefix", "crossing"))
 
 
 @pytest.mark.slow
