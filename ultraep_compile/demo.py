@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ultraep_compile.errors import OptionError
+from ultraep_compile.local_processes import Send, run_local
 from ultraep_compile.telemetry import Trace, get_recorder
 
 VIRTUAL_RANKS = 8
@@ -221,49 +220,21 @@ def _newest_imbalance(trace: str) -> tuple[list[float], list[float]]:
     )
 
 
-def _worker(rank: int, settings: Settings, store: str, result_file: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=settings.ranks)
-    show = (lambda p: queue.put(asdict(p))) if rank == 0 else (lambda p: None)
-    result = run_process(rank, settings, show)
-    if rank == 0 and result is not None:
+def _process(rank: int, send: Send, settings: Settings) -> Result | None:
+    result = run_process(rank, settings, send if rank == 0 else lambda progress: None)
+    if rank == 0:
         get_recorder(settings.trace).close()
-        Path(result_file).write_text(json.dumps(asdict(result)))
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
-def run_processes(settings: Settings, folder: Path, show: Callable[[Progress], None]) -> Result:
+def run_processes(settings: Settings, show: Callable[[Progress], None]) -> Result:
     """Train over `settings.ranks` local processes joined by gloo."""
-    import queue as queues
-
-    import torch.multiprocessing as mp
-
     if BATCH % settings.ranks or EXPERTS % settings.ranks:
         fits = [n for n in range(2, BATCH + 1) if BATCH % n == 0 and EXPERTS % n == 0]
         raise OptionError(
             f"--processes {settings.ranks} does not divide the batch of {BATCH} and the {EXPERTS} experts. Use one of {fits}."
         )
-    context = mp.get_context("spawn")
-    messages = context.Queue()
-    store, result_file = folder / ".store", folder / ".result.json"
-    store.unlink(missing_ok=True)
-    arguments = (settings, str(store), str(result_file), messages)
-    workers = [context.Process(target=_worker, args=(r, *arguments), daemon=True) for r in range(settings.ranks)]
-    for w in workers:
-        w.start()
-    while any(w.is_alive() for w in workers) or not messages.empty():
-        try:
-            show(Progress(**messages.get(timeout=0.2)))
-        except queues.Empty as silence:
-            if any(w.exitcode not in (None, 0) for w in workers):
-                for w in workers:
-                    w.kill()
-                raise RuntimeError("a worker process of the demo died; its error is printed above") from silence
-    result = Result(**json.loads(result_file.read_text()))
-    for path in (store, result_file):
-        path.unlink(missing_ok=True)
-    return result
+    return run_local(settings.ranks, _process, (settings,), show)
 
 
 def worst_where_reachable(trace: Trace) -> float:

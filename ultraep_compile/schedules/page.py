@@ -15,8 +15,13 @@ from ultraep_compile.schedules.report import Report
 from ultraep_compile.schedules.simulate import CAUSES, bubbles
 
 
-def page(reports: Sequence[Report]) -> str:
-    """The page of one schedule, or of several beside one another."""
+def page(reports: Sequence[Report], title: str = "Pipeline schedules", above: str = "", compare: bool = True) -> str:
+    """The page of one schedule, or of several beside one another.
+
+    Args:
+        above: HTML that stands between the title and the table.
+        compare: say how much faster the first one is; without sense where all are the same schedule.
+    """
     data = {
         "schedules": [_data(report) for report in reports],
         "colours": COLOURS,
@@ -25,7 +30,7 @@ def page(reports: Sequence[Report]) -> str:
         "longest": max(r.makespan for r in reports),
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return _PAGE.substitute(table=_table(reports), data=text)
+    return _PAGE.substitute(title=html.escape(title), above=above, table=_table(reports, compare), data=text)
 
 
 def _data(report: Report) -> dict[str, Any]:
@@ -45,16 +50,17 @@ def _data(report: Report) -> dict[str, Any]:
     }
 
 
-def _table(reports: Sequence[Report]) -> str:
+def _table(reports: Sequence[Report], compare: bool) -> str:
     first = reports[0]
-    head = ["method", "makespan", f"{first.schedule.method} is faster by", "x ideal", "x lower bound", "idle"]
+    faster = [f"{first.schedule.method} is faster by"] if compare else []
+    head = ["method", "makespan", *faster, "x ideal", "x lower bound", "idle"]
     head += ["encoder held", "LLM held", "generator held", *(f"idle: {cause}" for cause in CAUSES)]
     lines = ["<tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"]
     for r in reports:
         area = len(r.schedule.ranks) * r.makespan
         idle = bubbles(r.timeline)
-        cells = [f"{r.makespan:.5g}", f"{r.makespan / first.makespan:.2f}x", f"{r.makespan / r.ideal:.3f}"]
-        cells += [f"{r.makespan / r.lower_bound:.3f}", f"{r.timeline.bubble:.1%}"]
+        cells = [f"{r.makespan:.5g}", *([f"{r.makespan / first.makespan:.2f}x"] if compare else [])]
+        cells += [f"{r.makespan / r.ideal:.3f}", f"{r.makespan / r.lower_bound:.3f}", f"{r.timeline.bubble:.1%}"]
         cells += [f"{max(held):.3g}" for held in (r.peak.encoder, r.peak.llm, r.peak.generator)]
         cells += [f"{sum(rank[cause] for rank in idle) / area:.1%}" for cause in CAUSES]
         name, note = html.escape(r.schedule.method), html.escape(r.schedule.note)
@@ -64,7 +70,7 @@ def _table(reports: Sequence[Report]) -> str:
 
 
 _PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Pipeline schedules</title>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {
@@ -98,7 +104,8 @@ button { font: inherit; padding: 2px 10px; }
   canvas.memory { background: #1c1f22; }
 }
 </style></head><body>
-<h1>Pipeline schedules</h1>
+<h1>$title</h1>
+$above
 <p>One row per rank, time to the right, all on one axis. Wheel over a timeline to zoom, drag to move, point
 at an operation to see what it is. Below each timeline: what its ranks hold (strong line: the fullest).</p>
 <div class="scroll"><table>$table</table></div>
