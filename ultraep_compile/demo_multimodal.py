@@ -7,6 +7,7 @@ runs the same microbatches in one process, without us: their losses must agree."
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,8 @@ class Result:
     llm_bytes: list[int] = field(default_factory=list)
     encoder_microbatch_bytes: float = 0.0
     """Activation bytes of one microbatch in the encoder, mean over a batch."""
+    encoder_planned: float = 0.0
+    """Most microbatches that a rank was to hold in the encoder, in any step's plan."""
     newest: list[tuple[Timeline, Timeline]] = field(default_factory=list)
     """(measured, predicted) of the newest steps, in seconds."""
 
@@ -97,9 +100,9 @@ class Result:
         return statistics.median(measured.makespan / predicted.makespan for measured, predicted in self.newest)
 
     @property
-    def encoder_microbatches(self) -> tuple[float, float]:
-        """The most encoder microbatches that any rank held: (by its bytes, as planned)."""
-        return max(self.encoder_bytes) / self.encoder_microbatch_bytes, max(peaks(self.shown[0].schedule).encoder)
+    def encoder_microbatches(self) -> float:
+        """The most that any rank held in the encoder, by its bytes; to compare with `encoder_planned`."""
+        return max(self.encoder_bytes) / self.encoder_microbatch_bytes
 
 
 def run(settings: Settings, show: Any) -> Result:
@@ -111,16 +114,15 @@ def run(settings: Settings, show: Any) -> Result:
 def summary(settings: Settings, result: Result, seconds: float) -> str:
     """One paragraph about a finished run, which took so many seconds."""
     measured, predicted = (t.makespan for t in result.shown)
-    held, planned = result.encoder_microbatches
+    crowded = "" if settings.processes <= (os.cpu_count() or 1) else "; larger where processes wait for a core, as here"
     return (
         f"After {settings.steps} steps ({seconds:.0f} s) the model reads {result.looks[-1][1]:.1%} of {digits.HELD_OUT} held-out"
         f" digits (chance: 10%). In the first {len(result.losses_single)} steps its loss differs from that of one process, which"
         f" runs the same microbatches, by at most {result.worst_difference:.1e} (relative). No rank held more encoder"
-        f" activations than {held:.2f} of the {settings.microbatches} microbatches leave ({planned:.2f} planned):"
+        f" activations than {result.encoder_microbatches:.2f} of the {settings.microbatches} microbatches leave ({result.encoder_planned:.2f} planned):"
         f" {max(result.encoder_bytes) / 1e6:.2f} MB, beside {max(result.llm_bytes) / 1e6:.2f} MB of the LLM. A step's operations"
         f" take {measured * 1e3:.0f} ms; the simulator says {predicted * 1e3:.0f} ms from their mean times (median ratio of the"
-        f" last {len(result.newest)} steps {result.measured_over_predicted:.3f}; with fewer free cores than processes, waiting"
-        f" for a core makes it larger)."
+        f" last {len(result.newest)} steps {result.measured_over_predicted:.3f}{crowded})."
     )
 
 
@@ -236,6 +238,7 @@ def _note(result: Result, pipe: Any, every: tuple[list[int], list[int]]) -> None
     encoder, llm = every
     result.encoder_bytes = [max(pair) for pair in zip(encoder, result.encoder_bytes or encoder, strict=True)]
     result.llm_bytes = [max(pair) for pair in zip(llm, result.llm_bytes or llm, strict=True)]
+    result.encoder_planned = max(result.encoder_planned, *peaks(pipe.schedule).encoder)
     result.newest = [*result.newest[-NEWEST + 1 :], (pipe.timeline, pipe.predicted)]
 
 

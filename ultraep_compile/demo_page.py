@@ -32,7 +32,7 @@ def demo_page(result: Result, notes: Sequence[str]) -> str:
     single = [(n + 1, loss) for n, loss in enumerate(result.losses_single)]
     charts = [
         chart("loss", {"pipeline": losses, f"one process, first {len(single)} steps": single}),
-        chart("accuracy on held-out digits", {"pipeline": [(0, 0.1), *result.looks]}, top=1.0),
+        chart("accuracy on held-out digits", {"pipeline": result.looks}, top=1.0),
     ]
     paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     row = "".join(f'<div style="margin-right:24px">{c}</div>' for c in charts)

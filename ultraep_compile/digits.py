@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def load() -> tuple[Digits, Digits]:
         raise OptionError(
             "demo --multimodal reads scikit-learn's digit images. Run: pip install 'ultraep-compile[demo]'"
         ) from missing
-    data = load_digits()
+    data: Any = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     grey = torch.as_tensor(data.images, dtype=torch.float32)[order] / 8 - 1
     pixels, digits = grey[:, None].expand(-1, 3, -1, -1), torch.as_tensor(data.target, dtype=torch.long)[order]
@@ -83,12 +84,10 @@ def build_model() -> nn.Module:
         raise OptionError("the demo needs transformers. Run: pip install 'ultraep-compile[demo]'") from missing
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     return transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(
-                **size, num_hidden_layers=2, image_size=SIDE, patch_size=PATCH
-            ),
+            vision_config=transformers.CLIPVisionConfig(**size, num_hidden_layers=2, image_size=SIDE, patch_size=PATCH),
             text_config=transformers.LlamaConfig(
                 **size, vocab_size=PAD + 1, num_hidden_layers=LAYERS, num_key_value_heads=4, max_position_embeddings=64
             ),
