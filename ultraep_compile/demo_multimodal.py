@@ -108,6 +108,7 @@ class Result:
 def run(settings: Settings, show: Any) -> Result:
     """Train over local processes; `show` gets a Progress after every step."""
     digits.load()  # what is missing is told here, once
+    digits.find_transformers()
     return run_local(settings.processes, train, (settings,), show)
 
 

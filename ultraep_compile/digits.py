@@ -76,12 +76,18 @@ def batches(data: Digits, samples: int, steps: int) -> Iterator[Batch]:
         yield make_batch(data, torch.randint(len(data.digits), (sum(counts),), generator=generator), counts)
 
 
-def build_model() -> nn.Module:
-    """A LLaVA of CPU size (CLIP, projector, Llama) with random weights, exactly as transformers makes it."""
+def find_transformers() -> Any:
+    """The package."""
     try:
         import transformers
     except ImportError as missing:
         raise OptionError("the demo needs transformers. Run: pip install 'ultraep-compile[demo]'") from missing
+    return transformers
+
+
+def build_model() -> nn.Module:
+    """A LLaVA of CPU size (CLIP, projector, Llama) with random weights, exactly as transformers makes it."""
+    transformers = find_transformers()
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
