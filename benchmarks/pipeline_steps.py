@@ -6,7 +6,8 @@
 The model is a vision-language transformer made of plain torch: an image encoder that every rank holds, and decoder layers
 cut into stages. First each method's loss and gradients are compared with one process that runs the same microbatches; then
 steps are timed, each operation by itself (host clock, or device events); then activation bytes are counted as autograd saves
-them. The prediction is the simulator's, fed with the mean time of each kind of operation in the first timed step."""
+them. The prediction is the simulator's, fed with the mean time of each kind of operation in three profiled steps that come
+before the timed ones."""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ultraep_compile.executor.costs import make_problem
+from ultraep_compile.executor.costs import make_problem, measured_rates
 from ultraep_compile.executor.holdings import names_of
 from ultraep_compile.executor.memory import Meter
 from ultraep_compile.executor.pipeline import Pipeline
 from ultraep_compile.executor.settings import Settings
-from ultraep_compile.executor.timeline import rates_of
+from ultraep_compile.executor.timeline import work_of
 from ultraep_compile.executor.units import EncoderUnit
 from ultraep_compile.multimodal.parts import Encoder, Microbatch, Parts, Stage
 from ultraep_compile.schedules.dependencies import Graph
@@ -41,6 +42,7 @@ from ultraep_compile.schedules.simulate import simulate
 
 METHODS = ("nested", "colocated", "encoder-first", "flush", "recompute")
 PATCH, WORDS, IMAGE = 48, 512, 1
+PROFILED = 3  # steps
 
 
 class Block(nn.Module):
@@ -198,8 +200,8 @@ def in_order(pipe: Pipeline) -> bool:
 def timed(pipe: Pipeline, batch: list[Microbatch], repetitions: int) -> dict[str, Any]:
     """Times of steps: the operations' (makespan) and all (with the sums of gradients), measured and predicted."""
     makespans, walls, order = [], [], True
-    rates = None
-    for turn in range(repetitions + 2):
+    tables = []
+    for turn in range(1 + PROFILED + repetitions):
         pipe.zero_grad()
         dist.barrier(pipe.control)
         began = time.perf_counter()
@@ -209,12 +211,13 @@ def timed(pipe: Pipeline, batch: list[Microbatch], repetitions: int) -> dict[str
         wall = most(time.perf_counter() - began, pipe)
         assert pipe.timeline is not None
         order = order and in_order(pipe)
-        if turn == 1:
-            rates = rates_of(pipe.timeline, pipe.parts, batch, pipe.rates)
-        if turn > 1:
+        if 1 <= turn <= PROFILED:
+            tables.append(work_of(pipe.timeline, pipe.parts, batch))
+        if turn > PROFILED:
             makespans.append(pipe.timeline.makespan)
             walls.append(wall)
-    assert rates is not None and pipe.timeline is not None
+    assert pipe.timeline is not None
+    rates = measured_rates(pipe.rates, [sum(column) for column in zip(*tables, strict=True)])
     schedule = pipe.timeline.schedule
     fresh = make_problem(pipe.parts, batch, rates, pipe.stage_rank, False)
     encoders = tuple(

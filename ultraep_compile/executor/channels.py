@@ -236,6 +236,39 @@ def _wait(work: dist.Work | None, deadline: float) -> None:
     work.wait(datetime.timedelta(seconds=deadline))
 
 
+@dataclass(slots=True)
+class Communicators:
+    """Everything that the ranks of one pipeline talk over."""
+
+    control: dist.ProcessGroup  # gloo
+    channels: dict[str, Channel]
+
+
+_opened: list[
+    tuple[object, dist.ProcessGroup, float, Communicators]
+] = []  # (default group, group, deadline, what was made)
+
+
+def communicators(group: dist.ProcessGroup, device: torch.device, deadline: float) -> Communicators:
+    """Those of a pipeline's group, made at the first request: later pipelines over the same ranks use them, too, since a step
+    leaves nothing under way. Collective over the group."""
+    world = dist.group.WORLD
+    _opened[:] = [entry for entry in _opened if entry[0] is world]
+    for _, known, seconds, made in _opened:
+        if known is group and seconds == deadline:
+            return made
+    control = new_group(dist.get_process_group_ranks(group), "gloo", deadline)
+    made = Communicators(control, open_channels(group, device, deadline))
+    connect(made.channels, dist.get_rank(group))
+    _opened.append((world, group, deadline, made))
+    return made
+
+
+def forget(made: Communicators) -> None:
+    """A step failed in the middle: what is under way would be taken for another step's."""
+    _opened[:] = [entry for entry in _opened if entry[3] is not made]
+
+
 def open_channels(
     group: dist.ProcessGroup, device: torch.device, deadline: float, names: tuple[str, ...] = CHANNELS
 ) -> dict[str, Channel]:

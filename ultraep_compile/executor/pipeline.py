@@ -20,7 +20,7 @@ from ultraep_compile.backend import ultraep
 from ultraep_compile.decorator import take_options
 from ultraep_compile.errors import OptionError, PeerTimeoutError, PipelineError
 from ultraep_compile.executor import gradients
-from ultraep_compile.executor.channels import connect, new_group, open_channels
+from ultraep_compile.executor.channels import communicators, forget
 from ultraep_compile.executor.costs import (
     Rates,
     estimated_rates,
@@ -145,10 +145,8 @@ class Pipeline:
         self._reductions: list[gradients.Reduction] = []
         if model is not None:
             let_go(model, self.bind().values())
-        members = dist.get_process_group_ranks(self.group)
-        self.control = new_group(members, "gloo", settings.deadline)
-        self.channels = open_channels(self.group, self.device, settings.deadline)
-        connect(self.channels, self.rank)
+        self.communicators = communicators(self.group, self.device, settings.deadline)
+        self.control, self.channels = self.communicators.control, self.communicators.channels
         self.clock = Clock(self.device, settings.trace or settings.costs == "measured")
         self.steps = 0
         self.program: Program | None = None
@@ -223,7 +221,11 @@ class Pipeline:
             p.grad = None
         self.meter.start()
         run = StepRun(program, self.units, self.channels, microbatches, self.steps, scale, self.clock)
-        outcome = run.run()
+        try:
+            outcome = run.run()
+        except BaseException:
+            forget(self.communicators)
+            raise
         gradients.reduce(self._reductions)
         for p, old in before.items():
             p.grad = old if p.grad is None else old.add_(p.grad)

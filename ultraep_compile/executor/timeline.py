@@ -37,11 +37,16 @@ def timeline_of(schedule: Schedule, times: Sequence[Sequence[Sequence[float]]]) 
     return Timeline(schedule, start, end, max((t for row in end for t in row), default=0.0))
 
 
-def rates_of(measured: Timeline, parts: Parts, microbatches: Sequence[Microbatch], rates: Rates) -> Rates:
-    """Seconds per size of everything that ran, over all ranks."""
+def work_of(measured: Timeline, parts: Parts, microbatches: Sequence[Microbatch]) -> list[float]:
+    """Times and sizes of everything that ran, over all ranks; see `measured_work`."""
     rows = zip(measured.schedule.ranks, measured.start, measured.end, strict=True)
     tables = [measured_work(parts, microbatches, list(zip(*row, strict=True))) for row in rows]
-    return measured_rates(rates, [sum(column) for column in zip(*tables, strict=True)])
+    return [sum(column) for column in zip(*tables, strict=True)]
+
+
+def rates_of(measured: Timeline, parts: Parts, microbatches: Sequence[Microbatch], rates: Rates) -> Rates:
+    """Seconds per size of everything that ran."""
+    return measured_rates(rates, work_of(measured, parts, microbatches))
 
 
 def foretold(
