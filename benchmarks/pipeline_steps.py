@@ -113,12 +113,11 @@ class Made(Parts):
 def make_parts(args: argparse.Namespace, ranks: int, device: torch.device) -> Made:
     """The same weights on every rank."""
     torch.manual_seed(0)
-    vision = Vision(args.encoder_width, args.encoder_layers, args.width)
-    stages = [
-        Decoder(args.width, args.layers // ranks, s == 0, s == ranks - 1).to(device, args.dtype) for s in range(ranks)
-    ]
-    encoders = [Encoder("vision", vision.to(device, args.dtype), (0,))]
-    return Made(encoders, [Stage(i, stage) for i, stage in enumerate(stages)])
+    with device:
+        vision = Vision(args.encoder_width, args.encoder_layers, args.width)
+        stages = [Decoder(args.width, args.layers // ranks, s == 0, s == ranks - 1) for s in range(ranks)]
+    encoders = [Encoder("vision", vision.to(args.dtype), (0,))]
+    return Made(encoders, [Stage(i, stage.to(args.dtype)) for i, stage in enumerate(stages)])
 
 
 def make_batch(args: argparse.Namespace, count: int, ragged: bool) -> list[Microbatch]:

@@ -1,13 +1,15 @@
 """Training steps of a whole transformers MoE model with real expert parallelism: not balanced, balanced, force-balanced.
 
     torchrun --nproc-per-node 2 -m benchmarks.training_steps --json FILE.json            # one GPU a process, NCCL
+    torchrun ... --trace DIR        # also one step of every mode as DIR/MODE.json.gz, to be opened in Perfetto
     torchrun --nproc-per-node 2 -m benchmarks.training_steps --device cpu --tiny         # gloo, to see it run
 
 A Qwen3-MoE with random weights learns bytes of Python source: experts divided over all processes, dense layers under
 DistributedDataParallel, AdamW, bf16. `none` and `ours` train the same weights on the same batches and differ in the option
 `planner` alone, so their losses must stay together; `ideal` is the same model with a router that deals tokens to experts in
-turn, which no plan can beat. Routers are tilted towards the first expert of every group before training (`--tilt`), so that the load is
-as uneven as that of trained models; the imbalance is measured, in eager mode, at the beginning and the end.
+turn, which no plan can beat. Routers are tilted towards the first `--hot` experts, all of the first rank, before training,
+so that the load is as uneven as that of trained models; the imbalance is measured, in eager mode, at the beginning and
+the end.
 
 Checked before the times are reported: the first loss of `none` and `ours` is equal, all later ones within `--tolerance`.
 """
@@ -24,7 +26,7 @@ import statistics
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ultraep_compile
 from ultraep_compile.demo import source_bytes
 
-MODES = {"none": ("none", 0), "ours": ("quota", 2), "ideal": ("none", 0)}
-"""Planner and slots a rank."""
+PLANNERS = {"none": "none", "ours": "quota", "ideal": "none"}
 SIZES = {
     "large": {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
     "tiny": {"hidden_size": 64, "moe_intermediate_size": 48, "num_experts": 16, "num_experts_per_tok": 2},
@@ -73,16 +74,16 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def tilt(model: nn.Module, ids: Tensor, strength: float) -> None:
-    """Turn the rows of the first quarter of the experts towards the mean of what their router reads."""
+def tilt(model: nn.Module, ids: Tensor, strength: float, hot: int) -> None:
+    """Turn the router's rows of the first `hot` experts towards the mean of what it reads: `strength` more logits."""
     for router in routers(model):
         read: list[Tensor] = []
         handle = router.register_forward_hook(lambda _, args, out, read=read: read.append(args[0]))
         model(input_ids=ids)  # layer by layer: a tilted layer changes what the next ones read
         handle.remove()
         mean = read[0].float().mean(0)
-        hot = router.weight[: router.weight.shape[0] // 4]
-        hot += (strength * mean / mean.square().sum()).to(hot.dtype)
+        rows = router.weight[:hot]
+        rows += (strength * mean / mean.square().sum()).to(rows.dtype)
 
 
 def deal_in_turn(model: nn.Module) -> None:
@@ -130,19 +131,46 @@ def batches(arguments: argparse.Namespace, rank: int, device: torch.device) -> I
         yield torch.stack([text[s : s + arguments.length] for s in starts.tolist()]).long().to(device)
 
 
+def one_step(parallel: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> Tensor:
+    """The loss."""
+    optimizer.zero_grad()
+    loss = parallel(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def trace_step(step: Callable[[], object], file: Path) -> None:
+    """The kernels of one step on the first rank; all ranks take the step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    if dist.get_rank() > 0:
+        step()
+        return
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(file))
+
+
 def run_mode(mode: str, arguments: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> dict:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    planner, slots = MODES[mode]
+    slots = arguments.slots if mode == "ours" else 0
     model = build(arguments.size, arguments.layers, device)
     probe = next(batches(arguments, 0, device))
-    tilt(model, probe[:1], arguments.tilt)
+    tilt(model, probe[:1], arguments.tilt, arguments.hot)
     if mode == "ideal":
         deal_in_turn(model)
+    began = time.perf_counter()
     ultraep_compile.prepare(model, {"input_ids": probe[:1, :64]})
+    preparing = time.perf_counter() - began
     ultraep_compile.shard_experts(model, mesh)
     first = next(batches(arguments, rank, device))[:1]
     before = imbalance(model, first, ranks)
-    options = {"redundant_experts": slots, "planner": planner, "inner": arguments.inner}
+    options = {"redundant_experts": slots, "planner": PLANNERS[mode], "inner": arguments.inner}
     options |= {"transport": arguments.transport, "expect_moe_sites": arguments.layers}
     model.compile(backend=ultraep_compile.ultraep, options=options)
     torch._dynamo.config.optimize_ddp = False  # else the graph is cut at DDP's buckets, through MoE layers
@@ -155,14 +183,13 @@ def run_mode(mode: str, arguments: argparse.Namespace, mesh: DeviceMesh, device:
         dist.barrier()
         _wait(device)
         started = time.perf_counter()
-        optimizer.zero_grad()
-        loss = parallel(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
+        loss = one_step(parallel, optimizer, ids)
         _wait(device)
         seconds.append(time.perf_counter() - started)
         dist.all_reduce(loss.detach_())
         losses.append(loss.item() / ranks)
+    if arguments.trace:
+        trace_step(lambda: one_step(parallel, optimizer, ids), arguments.trace / f"{mode}.json.gz")
     after = imbalance(model, first, ranks)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     timed = seconds[len(seconds) // 5 :]  # the first ones compile
@@ -175,6 +202,8 @@ def run_mode(mode: str, arguments: argparse.Namespace, mesh: DeviceMesh, device:
             "p90": 1e3 * statistics.quantiles(timed, n=10)[-1],
             "repetitions": len(timed),
         },
+        "prepare_s": preparing,
+        "first_step_s": seconds[0],
         "peak_gib": peak,
         "imbalance_before_training": before,
         "imbalance_after_training": after,
@@ -205,10 +234,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch", type=int, default=4, help="sequences a rank")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--tilt", type=float, default=2.0, help="logits that the hot quarter of the experts gains")
+    parser.add_argument("--tilt", type=float, default=1.5, help="logits that the hot experts gain")
+    parser.add_argument("--hot", type=int, default=8, help="number of hot experts")
+    parser.add_argument("--slots", type=int, default=4, help="for `ours`, on every rank")
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--transport", default="auto", help="auto takes symmetric memory where there is any")
-    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--modes", nargs="*", default=list(PLANNERS), choices=list(PLANNERS))
+    parser.add_argument("--trace", type=Path, help="folder for one step of every mode, as Perfetto reads it")
     parser.add_argument("--tolerance", type=float, default=2e-2)
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", default="large")
     parser.add_argument("--json", type=Path)
@@ -232,7 +264,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "ranks": dist.get_world_size(),
         "torch": torch.__version__,
-        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
+        "arguments": {k: v for k, v in vars(arguments).items() if k not in ("json", "trace")},
         "check": check(results, arguments.tolerance),
         "results": results,
     }
