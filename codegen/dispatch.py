@@ -5,7 +5,7 @@
     unpack_rows   on arrival, where rows travel as fp8 (`wire`); pack_rows before push_rows
     clear_rows    zero behind the last group, for readers of the whole static buffer
     pull_rows     each pair's row from its expert's rank into pair order; packed rows are unpacked on the way
-    pull_sum      the same, weighted and added up in top-k order
+    pull_sum      the same, weighted and added up in top-k order; sum_choices, if the rows have come already
 
 `reroute.reroute_and_place` says where everything goes. Shapes are static, nothing is read on the host, and which rows
 travel is decided by the `Window`: rows beyond a round's capacity stay for the next. Nobody waits in here: the caller
@@ -135,6 +135,23 @@ def pull_sum(
         min(1024, triton.next_power_of_2(width)), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out_TD
+
+
+def sum_choices(pairs: Tensor, choices: int) -> Tensor:
+    """[T*K, ...] -> [T, ...]: every token's rows added up in top-k order, in fp32; `pull_sum` of rows that have arrived.
+
+    Example: rows [[1], [2], [3], [4]] of two choices each give [[3], [7]].
+    """
+    if _in_torch(pairs):
+        return reference.sum_choices(pairs, choices)
+    pairs = pairs.contiguous()
+    out = pairs.new_empty(pairs.shape[0] // choices, *pairs.shape[1:])
+    if out.numel():
+        tokens, width = out.shape[0], out[0].numel()
+        kernels.sum_choices[(_programs(None, tokens, out.device),)](
+            pairs, out, tokens, width, choices, min(1024, triton.next_power_of_2(width)), num_warps=4
+        )
+    return out
 
 
 def spread_rows(buffer: Tensor, references: Tensor, window: Window, programs: int | None = None) -> None:

@@ -131,6 +131,20 @@ def pull_sum(
 
 
 @triton.jit
+def sum_choices(pairs_p, out_p, tokens, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Row t of out: the sum of rows t * K .. t * K + K - 1 in this order, in fp32: the bits of `pull_sum`."""
+    d = tl.arange(0, BLOCK)
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        for start in tl.static_range(0, D, BLOCK):
+            total = tl.zeros((BLOCK,), tl.float32)
+            for i in tl.static_range(K):
+                row = tl.cast(token, tl.int64) * K + i
+                total += tl.load(pairs_p + row * D + start + d, mask=start + d < D, other=0).to(tl.float32)
+            at = out_p + tl.cast(token, tl.int64) * D + start + d
+            tl.store(at, total.to(out_p.dtype.element_ty), mask=start + d < D)
+
+
+@triton.jit
 def spread(buffer_p, references_p, offsets_p, L: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """Of all used rows of the own buffer, those that repeat another one."""
     used = tl.load(offsets_p + L)

@@ -82,3 +82,10 @@ def pull_sum(
         total += row if weights_TK is None else row * weights_TK[:, k : k + 1].float()
     out_TD.copy_(total)
     return out_TD
+
+
+def sum_choices(pairs: Tensor, choices: int) -> Tensor:
+    total = pairs[::choices].float()
+    for k in range(1, choices):
+        total = total + pairs[k::choices].float()
+    return total.to(pairs.dtype)

@@ -32,11 +32,12 @@ def first_bad(values_p, note_p, n, limit, IDS: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def poison(rows_p, physical_p, control_p, n, width, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """NaN into all rows if a wait of this rank has failed, else into those of pairs that travelled nowhere (physical < 0)."""
+    """NaN into all rows if a wait of this rank has failed, else into those with one of their PAIRS pairs that travelled
+    nowhere (physical < 0)."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lost = (i < n) & has_failed(control_p)
-    if PAIRS:
-        lost = lost | (tl.load(physical_p + i, mask=i < n, other=0) < 0)
+    for k in tl.static_range(PAIRS):
+        lost = lost | (tl.load(physical_p + i * PAIRS + k, mask=i < n, other=0) < 0)
     if tl.max(lost.to(tl.int32), 0) > 0:
         c = 0
         while c < width:
@@ -60,7 +61,7 @@ def note_bad(ids: Tensor, scores: Tensor | None, experts: int, note: Tensor) -> 
 
 def refuse(rows: Tensor, pool: SymmetricPool, physical_TK: Tensor | None = None) -> Tensor:
     """Make a floating [N, ...] NaN where it cannot be right: everywhere after a wait for another rank has failed, and in
-    the rows of pairs without a physical expert. Returns it.
+    the rows (one a pair, or one a token) of pairs without a physical expert. Returns it.
 
     Example: physical [[3], [-1]] leaves row 0 as it is and makes row 1 NaN.
     """
@@ -68,5 +69,6 @@ def refuse(rows: Tensor, pool: SymmetricPool, physical_TK: Tensor | None = None)
     if rows.numel():
         pairs = rows if physical_TK is None else physical_TK.contiguous()
         control_p = pool.region(control.CONTROL)
-        poison[(triton.cdiv(n, 16),)](rows, pairs, control_p, n, width, physical_TK is not None, 16, 256)
+        each = 0 if physical_TK is None else pairs.numel() // n
+        poison[(triton.cdiv(n, 16),)](rows, pairs, control_p, n, width, each, 16, 256)
     return rows

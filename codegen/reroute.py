@@ -82,6 +82,24 @@ def reroute_and_place(
     return routing
 
 
+def place(
+    physical_TK: Tensor, shares_RP: Tensor, layout: ExpertLayout, rank: int, capacity: int = EVERYTHING,
+    *, once_per_rank: bool = False,
+) -> Routing:  # fmt: skip
+    """`reroute_and_place` for pairs whose physical experts are known already.
+
+    A physical expert has no copies: where it is taken for an expert of a layer without slots, its pairs are dealt to
+    itself alone, and its positions are those of the real layout.
+    Example: E=2, R=2, S=1, shares [[2, 0, 1, 1], [0, 0, 0, 0]], physical [[3], [2], [0], [0]] of rank 0 give position
+        [[1], [0], [0], [1]], as in `reroute_and_place`.
+    """
+    alone = ExpertLayout(layout.physical, layout.ranks, 0)
+    no_slots = shares_RP.new_empty(layout.ranks, 0)
+    return reroute_and_place(
+        physical_TK, no_slots, shares_RP, alone, rank, capacity, distinct=False, once_per_rank=once_per_rank
+    )
+
+
 def window(
     shares_RP: Tensor, layout: ExpertLayout, rank: int, capacity: int = EVERYTHING, index: int | Tensor = 0
 ) -> Window:
@@ -147,10 +165,12 @@ def rerouting_stages(
             span, min(span, max(1, 8192 // words)), words, layout.physical_per_rank, groups > 1, T > 65535,
             lead_here, **launch,
         )  # fmt: skip
-    if once_per_rank and not distinct:
-        launches["lead"] = lambda: made.lead_TK.copy_(
-            leads_reference(made.physical_TK, made.position_TK, layout, capacity)
-        )
+    if once_per_rank and not distinct and tokens:
+        per_program = max(1, 512 // power(choices) ** 2)
+        launches["lead"] = lambda: kernels.lead[(triton.cdiv(tokens, per_program),)](
+            made.physical_TK, made.position_TK, made.lead_TK, capacity, tokens, choices, power(choices),
+            layout.physical_per_rank, per_program,
+        )  # fmt: skip
     return made, launches
 
 

@@ -4,6 +4,7 @@
               the tables of the plan: where each physical expert's rows lie, and the copies of each expert
     add_up    only with more than 128 tiles: counts of all tiles before each 128th
     deal      number of every pair among those of its expert, its copy, its position
+    lead      where a token may choose an expert twice: which of its pairs travel together
 
 Only `mark` uses atomics, on bits that are set once: the same result on every run. Programs run each instruction once, so
 what they wait for is often their own code: tiles are small and reductions lie along threads to keep it short.
@@ -282,3 +283,24 @@ def _lead(physical, position, live, lead_p, tile, capacity, T, K: tl.constexpr, 
     lead = tl.min(tl.where(same, k[None, None, :], KP), 2)
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     tl.store(lead_p + token.to(tl.int64) * K + k[None, :], lead.to(tl.uint8), mask=(token < T) & (k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["capacity", "T"])
+def lead(
+    physical_p, position_p, lead_p, capacity, T, K: tl.constexpr, KP: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The first choice of the same token with the same destination rank and round, of BLOCK tokens; see `reroute.Routing`.
+
+    Example: physical [[0, 5, 1]] with L=3 and one round give leads [[0, 1, 0]].
+    """
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    k = tl.arange(0, KP)[None, :]
+    pair = t.to(tl.int64) * K + k
+    inside = (t < T) & (k < K)
+    physical = tl.load(physical_p + pair, mask=inside, other=-1)
+    position = tl.load(position_p + pair, mask=inside, other=0)
+    trip = ((physical // L).to(tl.int64) << 32) | (position // capacity).to(tl.int64)
+    trip = tl.where(physical >= 0, trip, -1 - k.to(tl.int64))  # travels nowhere: like no other
+    same = trip[:, :, None] == trip[:, None, :]
+    first = tl.min(tl.where(same, tl.arange(0, KP)[None, None, :], KP), 2)
+    tl.store(lead_p + pair, first.to(tl.uint8), mask=inside)

@@ -40,6 +40,7 @@ def reroute(capability: int) -> None:
     for many, wide, lead in ((False, False, False), (True, True, True)):
         ptx = compiled(reroute_kernels.deal, capability, MANY=many, WIDE=wide, LEAD=lead, **sizes)["ptx"]
         assert "griddepcontrol.wait" in ptx and ("rem" in ptx or "div" in ptx)
+    assert compiled(reroute_kernels.lead, capability, K=8, KP=8, L=6, BLOCK=8)["cubin"]
 
 
 def rows(capability: int) -> None:
@@ -55,6 +56,8 @@ def rows(capability: int) -> None:
     out = {"out_p": "*bf16"}
     summed = {"D": 4096, "K": 8, "KP": 8, "L": 6, "WEIGHTED": True, "SIZE": 2, "HINT": 16, "BLOCK": 1024}
     assert "ld.global.v4.b32" in compiled(dispatch_kernels.pull_sum, capability, out, **summed)["ptx"]
+    types = out | {"pairs_p": "*bf16"}
+    assert compiled(dispatch_kernels.sum_choices, capability, types, D=4096, K=8, BLOCK=1024)["cubin"]
     for kernel in (dispatch_kernels.spread, dispatch_kernels.clear):
         assert compiled(kernel, capability, L=6, WORDS=2048, BLOCK=2048)["cubin"]
     packed = {"D": 4096, "ROW": 4224, "SCALES": 4096, "ROWS": 1, "BLOCKS": 32}

@@ -14,9 +14,10 @@ from ultraep_compile.codegen.dispatch import (
     pull_sum,
     push_rows,
     spread_rows,
+    sum_choices,
     unpack_rows,
 )
-from ultraep_compile.codegen.reroute import EVERYTHING, Routing, reroute_and_place, window, window_reference
+from ultraep_compile.codegen.reroute import EVERYTHING, Routing, place, reroute_and_place, window, window_reference
 from ultraep_compile.codegen.wire import SCALED, pack_rows_reference, packed_bytes, scales_at, unpack_rows_reference
 from ultraep_compile.ops.dispatch import Positions, Round, buffer_rows
 from ultraep_compile.ops.layout import ExpertLayout, physical_to_logical
@@ -116,6 +117,9 @@ def check_reroute(case: TokenCase, device: str, ranks: list[int], capacity: int 
             got = window(case.shares_RP.to(device), layout, rank, capacity, index)
             assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, got, strict=True))
         check_leads(made, layout, capacity)
+        again = place(routing.physical_TK, case.shares_RP.to(device), layout, rank, capacity, once_per_rank=True)
+        for expected, got in zip((*routing[:3], *routing.window), (*again[:3], *again.window), strict=True):
+            assert torch.equal(expected, got)
 
 
 def check_leads(made: Routing, layout: ExpertLayout, capacity: int) -> None:
@@ -330,3 +334,5 @@ def check_sum(case: TokenCase, device: str, width: int, dtype: torch.dtype) -> N
             for k in range(ids.shape[1]):
                 right += row[:, k] if weight is None else row[:, k] * weight[:, k : k + 1]
             assert torch.equal(out.cpu(), right.to(dtype))
+        arrived = row.to(dtype).to(device).flatten(0, 1)
+        assert torch.equal(sum_choices(arrived, ids.shape[1]).cpu(), right.to(dtype))

@@ -117,6 +117,46 @@ def test_routing_weights_and_shared_tensors_travel_too() -> None:
     assert max(run_ranks(2, _weighted)) < 2e-6
 
 
+def _added_weights() -> fx.GraphModule:
+    """y = rows @ (a + b)[expert].T: stored [E, O, I], and one gradient for both."""
+    g = fx.Graph()
+    rows, eid, a, b = (g.placeholder(n) for n in ("rows", "expert_id", "a", "b"))
+    turned = g.call_method("transpose", (g.call_function(operator.add, (a, b)), -2, -1))
+    g.output(g.call_function(expert_mm, (rows, turned, eid)))
+    return fx.GraphModule(torch.nn.Module(), g)
+
+
+def _added(rank: int) -> float:
+    group, layout, tokens = _group(), ExpertLayout(4, 2, 1), 60
+    spec, dtype = TensorSpec, torch.float32
+    signature = RowSignature(2, 1, spec((8,), dtype), None, (spec((12, 8), dtype),) * 2, ())
+    program = compile_row_function(
+        _added_weights(), signature, is_product=lambda t: t is expert_mm, is_take=lambda t: False
+    )
+    register_site("added@1", ExpertSite("added", layout, group, True, program))
+    g = torch.Generator().manual_seed(5)
+    hidden, a, b = (torch.randn(n, *size, generator=g) for n, size in ((2 * tokens, (8,)), (4, (12, 8)), (4, (12, 8))))
+    ids = (torch.randn(2 * tokens, 4, generator=g) + torch.tensor([3.0, 1, 0, 0])).topk(2)[1]
+    mine, here = slice(rank * tokens, (rank + 1) * tokens), slice(2 * rank, 2 * rank + 2)
+    leaves = [t.clone().requires_grad_() for t in (hidden[mine], a[here], b[here])]
+    ops, own = torch.ops.ultraep, ids[mine]
+    plan = ops.plan(ops.expert_load(own, None, 4, 2, group, "added@1"), 1, "quota", "added@1")
+    assert int(plan[0].max()) >= 0, "nothing is copied"
+    physical = ops.reroute(own, *plan, 4, group, "added@1")
+    y = ops.experts(leaves[0], None, physical, *plan, leaves[1:], [], "added@1")[0]
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    exact = [t.double().requires_grad_() for t in (hidden, a, b)]
+    z = torch.einsum("td,tkod->tko", exact[0], (exact[1] + exact[2])[ids])
+    right = torch.autograd.grad(z.square().sum(), exact)
+    pairs = [(y, z[mine].flatten(0, 1)), (grads[0], right[0][mine])]
+    pairs += [(2 * got, wanted[here]) for got, wanted in zip(grads[1:], right[1:], strict=True)]
+    return max(relative(a.detach(), b.detach()) for a, b in pairs)
+
+
+def test_two_tensors_with_one_gradient() -> None:
+    assert max(run_ranks(2, _added)) < 2e-6
+
+
 def _grown_before_backward(rank: int) -> float:
     """Two forwards, the second of a larger batch, then both backwards, as accumulation and pipelines run them."""
     group, layout = _group(), ExpertLayout(8, 2, 2)

@@ -158,7 +158,10 @@ def _gemm_backward(ctx, grad):
     x, masters, slots, offsets = ctx.saved_tensors
     grad = grad.contiguous()  # an expanded gradient breaks grouped products
     dx = grouped_gemm(grad, masters.transpose(-2, -1), slots.transpose(-2, -1), offsets)
-    dw = grouped_gemm_weight_grad(x, grad, offsets)
+    if masters.stride(-2) == 1 and masters.stride(-1) != 1:  # stored as [O, I]: the gradient, too, or it would be copied
+        dw = grouped_gemm_weight_grad(grad, x, offsets).transpose(-2, -1)
+    else:
+        dw = grouped_gemm_weight_grad(x, grad, offsets)
     return dx, dw[: masters.shape[0]], dw[masters.shape[0] :], None
 
 

@@ -21,9 +21,6 @@ from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.symmetric import Region, SymmetricPool, control, open_pool
 
-SUMMED = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of slot gradients that the kernels add up."""
-
 
 @dataclass(frozen=True, slots=True)
 class Geometry:

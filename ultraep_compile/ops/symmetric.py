@@ -26,12 +26,19 @@ from torch import Tensor
 
 from ultraep_compile.codegen import dispatch as wire
 from ultraep_compile.codegen.bundle import Part
-from ultraep_compile.codegen.reroute import Routing, Window, reroute_and_place, window
+from ultraep_compile.codegen.reroute import Routing, Window, place, window
 from ultraep_compile.errors import OptionError
 from ultraep_compile.ops.dispatch import buffer_rows
-from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
-from ultraep_compile.ops.layout import physical_to_logical
-from ultraep_compile.ops.plane import SUMMED, Geometry, Plane, plane_for
+from ultraep_compile.ops.gradients import (
+    SUMMED,
+    Gradients,
+    accumulate,
+    adds_on_arrival,
+    or_zero,
+    sum_over_choices,
+    unshared,
+)
+from ultraep_compile.ops.plane import Geometry, Plane, plane_for
 from ultraep_compile.ops.transport import VirtualTransport, add_in_order
 
 if TYPE_CHECKING:
@@ -65,12 +72,9 @@ class _Call:
         layout, pool = site.layout, plane.pool
         pool.check()
         capacity = plane.capacity if capacity is None else capacity
-        logical = physical_to_logical(slot_expert_RS, layout.experts).to(torch.int32)
-        ids = torch.where(physical_TK < 0, -1, logical[physical_TK.long().clamp(min=0)])
-        routing = reroute_and_place(
-            ids, slot_expert_RS.contiguous(), shares_RP.contiguous(), layout, pool.rank, capacity, distinct=False,
-            once_per_rank=plane.sends_once,
-        )  # fmt: skip
+        routing = place(
+            physical_TK, shares_RP.contiguous(), layout, pool.rank, capacity, once_per_rank=plane.sends_once
+        )
         return cls(site, plane, params, slot_expert_RS, shares_RP, routing, capacity, pool.site(site.name))
 
     @property
@@ -102,6 +106,12 @@ class _Call:
     def pull(self, out: Tensor, trip: Window, name: str = "results") -> None:
         wire.pull_rows(
             out, self.routing, self.plane.peers(name, self.rows, out), self.rows, self.site.layout, window=trip
+        )
+
+    def pull_sum(self, out: Tensor, trip: Window) -> None:
+        """The sum of every token's rows; of a round that carries all."""
+        wire.pull_sum(
+            out, self.routing, self.plane.peers("results", self.rows, out), self.rows, self.site.layout, window=trip
         )
 
     def refuse(self, rows: Tensor, physical_TK: Tensor | None = None) -> Tensor:
@@ -293,9 +303,9 @@ def backward(
     """Gradients [hidden, weight (if given), *params, *consts]."""
     capacity, rounds, is_kept = facts.tolist()
     call = _Call.of(site, hidden, weight, physical_TK, slot_expert_RS, shares_RP, params, capacity)
-    choices = physical_TK.shape[1]
     masters, slots = call.weights()
-    pair_hidden = hidden.new_empty(physical_TK.numel(), *hidden.shape[1:])
+    adds = rounds == 1 and hidden.dim() == 2 and adds_on_arrival(hidden)
+    grad_hidden = hidden.new_empty(hidden.shape if adds else (physical_TK.numel(), *hidden.shape[1:]))
     pair_weight = None if weight is None else weight.new_empty(physical_TK.numel(), 1)
     rest: Gradients = []
     for index in range(rounds):
@@ -307,20 +317,21 @@ def backward(
             held = [k[: call.rows] for k in kept]
         else:
             held = site.program.forward(inputs)[1]
-        grads = site.program.backward_into(inputs, held, grad_rows, call.plane.buffer("results", call.rows, pair_hidden))
+        grads = site.program.backward_into(inputs, held, grad_rows, call.plane.buffer("results", call.rows, hidden))
         if pair_weight is not None:
             call.plane.buffer("result_weights", call.rows, pair_weight).copy_(or_zero(grads[0], inputs[1]))
         call.meet()
-        call.pull(pair_hidden, trip)
+        (call.pull_sum if adds else call.pull)(grad_hidden, trip)
         if pair_weight is not None:
             call.pull(pair_weight, trip, "result_weights")
         rest = accumulate(rest, grads[0 if weight is None else 1 :])
     count = len(params)
-    grad_masters = [or_zero(g, like) for g, like in zip(rest[:count], masters, strict=True)]
+    grad_masters = unshared([or_zero(g, like) for g, like in zip(rest[:count], masters, strict=True)])
     grad_slots = [or_zero(g, like) for g, like in zip(rest[count : 2 * count], slots, strict=True)]
     call.release_slots()
     grad_params = _to_owners(call, grad_masters, grad_slots)
-    out = [sum_over_choices(call.refuse(pair_hidden, physical_TK), choices)]
+    call.refuse(grad_hidden, physical_TK)
+    out = [grad_hidden if adds else sum_over_choices(grad_hidden, physical_TK.shape[1])]
     if weight is not None and pair_weight is not None:
         out.append(call.refuse(pair_weight, physical_TK).view(weight.shape))
     grad_consts = [or_zero(g, c) for g, c in zip(rest[2 * count :], consts, strict=True)]
@@ -342,7 +353,7 @@ def _to_owners(call: _Call, grad_masters: list[Tensor], grad_slots: list[Tensor]
         out[i] = grad
     ranks = call.site.layout.ranks
     scaled = [
-        g if is_whole(call.site, p) or not g.dtype.is_floating_point else g / ranks
+        g if is_whole(call.site, p) or not g.dtype.is_floating_point else g.div_(ranks)
         for g, p in zip(out, call.params, strict=True)
     ]
     return [call.refuse(g.contiguous()) for g in scaled]
