@@ -18,11 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
+from ultraep_compile.codegen.hottest_kernels import in_registers
 from ultraep_compile.codegen.search_kernel import CANDIDATES, COARSE, METHODS, search
 from ultraep_compile.codegen.share_kernels import finish, prepare
 from ultraep_compile.planner.quota import TOLERANCE
 
-BLOCK, PREPARE_WARPS = 4, 1  # experts of a program of `prepare`
+BLOCK = 4  # experts of a program of `prepare`
 INSTANCES, FINISH_WARPS = 8, 4  # physical experts of a program of `finish`
 
 
@@ -81,16 +82,21 @@ def planning_stages(
     per_domain = triton.cdiv(domain * (masters + slots), INSTANCES)
     g_bits, m_bits, on_gpu = max(_bits(domain), 5), _bits(masters), counts_RE.is_cuda
     column = new(ranks << m_bits + g_bits)
+    in_memory = not in_registers(masters, 1 << g_bits)
+    heat = new(3 * ranks if in_memory else 0, dtype=torch.int64)
+    keys = new((1 + CANDIDATES) * ranks << m_bits if in_memory else 0, dtype=torch.int64)
+    block = 1 << m_bits if in_memory else BLOCK
+    prepare_warps = min(max(power(ranks) * block // 1024, 1), 8)
     overlap = {"launch_pdl": True} if on_gpu else {}  # a kernel's launch overlaps the end of the one before
 
     return made, {
-        "prepare": lambda: prepare[(triton.cdiv(experts, BLOCK),)](
-            counts_RE, load, own, column, before, key, row, ranks, experts, domain, masters, domains, g_bits, m_bits,
-            power(ranks), BLOCK, everyone, on_gpu, num_warps=PREPARE_WARPS, **overlap,
+        "prepare": lambda: prepare[(ranks if in_memory else triton.cdiv(experts, BLOCK),)](
+            counts_RE, load, own, column, before, key, heat, keys, row, ranks, experts, domain, masters, domains, g_bits,
+            m_bits, power(ranks), block, everyone, in_memory, on_gpu, num_warps=prepare_warps, **overlap,
         ),
         "search": lambda: search[(domains, COARSE if timed else CANDIDATES)](
-            own, load, counts_RE, column, slots_on_device, methods, key, flag, table, tolerance, copy_tokens or 0, ranks,
-            domains, domain, masters, slots, g_bits, m_bits, power(slots),
+            own, load, counts_RE, column, slots_on_device, methods, key, flag, table, heat, keys, tolerance,
+            copy_tokens or 0, ranks, domains, domain, masters, slots, g_bits, m_bits, power(slots),
             len(set(slots_R)) == 1, CANDIDATES, timed, on_gpu, num_warps=1, **overlap,
         ),
         "finish": lambda: finish[(domains * per_domain, ranks if everyone else 1)](

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ultraep_compile.codegen.search_kernel import CODE_SHIFT, NONE
+from ultraep_compile.codegen.copies_kernel import CODE_SHIFT
+from ultraep_compile.codegen.search_kernel import NONE
 
 TOKENS_MASK = tl.constexpr(2**40 - 1)
 
@@ -21,13 +22,16 @@ def _add3(a0, a1, a2, b0, b1, b2):
 
 @triton.jit
 def prepare(
-    counts_p, load_p, own_p, column_p, before_p, key_p, rank, R, E, D: tl.constexpr, M: tl.constexpr,
+    counts_p, load_p, own_p, column_p, before_p, key_p, heat_p, keys_p, rank, R, E, D: tl.constexpr, M: tl.constexpr,
     DOMAINS: tl.constexpr, G_BITS: tl.constexpr, M_BITS: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
-    ALL: tl.constexpr, PDL: tl.constexpr,
+    ALL: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK experts, in int64: load [M, R], own [M, R]: tokens that their home or other domains have for them,
     before [E] (or [R, E] if ALL): tokens of lower ranks; and column int32 [R, MP, GP]: what the GP lanes of the home's
     domain have for each of its experts, last one first, as keys of `search`: tokens << G_BITS | GP - 1 - lane.
+
+    KEYS: of one rank's experts, BLOCK >= M, also what `hottest_kernels` reads instead of registers: heat [3, R], the rank's
+    load and its two hottest experts' keys, and keys [R, MP], by the experts' codes.
 
     Example: counts [[3, 1], [4, 0]] give load [[7, 1]], own [[3, 0]], before [[0, 0], [3, 1]], and in column the
     tokens [[[3, 4]], [[1, 0]]].
@@ -35,7 +39,10 @@ def prepare(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    local = tl.arange(0, BLOCK)
+    e = tl.program_id(0) * BLOCK + local
+    if KEYS:
+        e = tl.where(local < M, tl.program_id(0) * M + local, E)
     r = tl.arange(0, RP)
     inside = (r[:, None] < R) & (e[None, :] < E)
     n = tl.load(counts_p + r[:, None] * E + e[None, :], mask=inside, other=0)
@@ -55,6 +62,14 @@ def prepare(
         tl.store(before_p + r[:, None] * E + e[None, :], tl.cumsum(wide, 0) - wide, mask=inside)
     else:
         tl.store(before_p + e, below, mask=e < E)
+    if KEYS:
+        home_rank = tl.program_id(0)
+        key = tl.where(local < M, (load << M_BITS) + (BLOCK - 1 - local), -1)
+        hottest = tl.max(key, 0)
+        tl.store(keys_p + home_rank * BLOCK + (BLOCK - 1 - local), key)
+        tl.store(heat_p + home_rank, tl.sum(load, 0))
+        tl.store(heat_p + R + home_rank, hottest)
+        tl.store(heat_p + 2 * R + home_rank, tl.max(tl.where(key == hottest, -1, key), 0))
     if tl.program_id(0) == 0:
         for k in tl.static_range(3 * DOMAINS):
             tl.store(key_p + k, NONE if k < 2 * DOMAINS else 0)

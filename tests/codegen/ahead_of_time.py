@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from ultraep_compile.codegen import count_kernels, grouped_gemm_kernels, guard_kernels, search_kernel, share_kernels
 
-INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "quota_p", "ids_p"}
+INT64 = {"load_p", "before_p", "own_p", "key_p", "table_p", "heat_p", "keys_p", "quota_p", "ids_p"}
 NUMBERS = {"rank", "R", "E", "DOMAINS", "tolerance", "copy_tokens", "n"}
 
 
@@ -90,17 +90,20 @@ def guards(capability: int) -> None:
 
 
 def main(capability: int) -> None:
-    """The planner for 64 ranks, 4 experts and 2 slots each; the counts of 8192 x 8 ids of 256 experts."""
-    sizes = {"D": 64, "M": 4, "M_BITS": 2, "PDL": True}
+    """The planner for 64 ranks with 4 experts and for 8 ranks with 128, and 2 slots each; the counts of 8192 x 8 ids of 256 experts."""
     tables = {"S": 2, "ALL_C": search_kernel.CANDIDATES}
-    for timed in (False, True):
-        asm = compiled(search_kernel.search, capability, 1, **sizes, **tables, G_BITS=6, SP=2, EVEN=True, TIMED=timed)
+    few = {"D": 64, "M": 4, "G_BITS": 6, "M_BITS": 2, "PDL": True}
+    many = {"D": 8, "M": 128, "G_BITS": 5, "M_BITS": 7, "PDL": True}
+    for sizes, timed in ((few, False), (few, True), (many, False)):
+        asm = compiled(search_kernel.search, capability, 1, **sizes, **tables, SP=2, EVEN=True, TIMED=timed)
         # one instruction over the warp for every choice, nothing through shared memory
         assert asm["ptx"].count("redux.sync") >= 14 and "st.shared" not in asm["ptx"] and asm["cubin"]
-    for everyone in (False, True):
-        common = {"ALL": everyone, "BLOCK": 16}
-        compiled(share_kernels.prepare, capability, 4, **sizes, **common, G_BITS=6, DOMAINS=1, RP=64)
-        compiled(share_kernels.finish, capability, 4, **sizes, **tables, **common, XP=128, PER_DOMAIN=24)
+    for sizes, block, slots in ((few, 4, 128), (many, 128, 16)):
+        for everyone in (False, True):
+            shape = {"DOMAINS": 1, "RP": sizes["D"], "KEYS": sizes is many}
+            compiled(share_kernels.prepare, capability, 1, **sizes, **shape, ALL=everyone, BLOCK=block)
+            sizes_here = {name: size for name, size in sizes.items() if name != "G_BITS"}
+            compiled(share_kernels.finish, capability, 4, **sizes_here, **tables, ALL=everyone, XP=slots, BLOCK=8, PER_DOMAIN=24)
     compiled(count_kernels.count_part, capability, 4, EP=256, BLOCK=1024, PER=1, PDL=True)
     compiled(count_kernels.count_sum, capability, 4, P=64, BLOCK=32, PDL=True)
     grouped(capability)

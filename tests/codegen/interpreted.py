@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 
 import torch
+from hypothesis import assume, given, settings
 
 from tests.codegen import grouped_cases
-from tests.codegen.planning_cases import check_plan, small_cases
+from tests.codegen.planning_cases import Case, any_case, check_plan, check_uneven, small_cases
 from ultraep_compile.codegen.count_kernels import expert_counts, post_counts, read_counts
 from ultraep_compile.codegen.guard_kernels import NOTHING, note_bad, refuse
 from ultraep_compile.symmetric import Region, control, open_virtual_pools
@@ -20,6 +21,24 @@ def planner(*names: str) -> None:
     """The named problems of `planning_cases`."""
     for name in names:
         check_plan(small_cases()[name], "cpu", [None, 1] if name in ("the example", "an empty rank") else [None])
+
+
+def planner_uneven() -> None:
+    """Few and many experts a rank, one rank with none."""
+    check_uneven([3, 1, 4], [1, 2, 1], "cpu", seed=1)
+    check_uneven([12, 0, 3], 2, "cpu", seed=2)
+
+
+def planner_at_random(examples: str) -> None:
+    """Drawn problems, whose slots are not all 0."""
+
+    @settings(max_examples=int(examples), deadline=None, database=None)
+    @given(any_case())
+    def check(case: Case) -> None:
+        assume(max(case.slots))
+        check_plan(case, "cpu", [None])
+
+    check()
 
 
 def counts() -> None:

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.planner.problems import skewed, spread
 from ultraep_compile.codegen.planner_kernels import plan_on_device
-from ultraep_compile.planner import make_plan, quotas
+from ultraep_compile.planner import make, make_plan, quotas
+from ultraep_compile.planner.topology import make_topology
 
 
 class Case(NamedTuple):
@@ -44,8 +46,42 @@ def small_cases() -> dict[str, Case]:
         "fast, not even": Case(skewed(4, 4, 900, 8.0, seed=6), 2, copy_tokens=200),
         "no copy pays": Case(skewed(4, 2, 900, 6.0, seed=3), 1, copy_tokens=10**6),
         "fast with huge loads": Case(huge, 1, copy_tokens=2**20),
+        "many experts": Case(skewed(3, 11, 900, 6.0, seed=1), 2),
+        "many experts, refined": Case(skewed(2, 20, 60, 2.0, seed=2), 1, tolerance=0.0),
+        "many experts, huge": Case(huge.repeat(1, 5)[:2], 2),
+        "many experts in domains": Case(skewed(4, 9, 500, 8.0, seed=3), [1, 2, 0, 2], domain=2, copy_tokens=50),
+        "more experts than are read at once": Case(skewed(2, 600, 40, 9.0, seed=6), 2),
         "an empty rank": Case(spread([50, 40, 3, 2, 0, 0, 1, 1], 4), 2, tolerance=0.0),
     }
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> Case:
+    """Experts in registers or in memory, domains, ranks with fewer slots than others, all totals and prices of a copy."""
+    masters = draw(st.integers(1, 5) | st.sampled_from([8, 9, 17, 33]))
+    domain = draw(st.integers(1, 5 if masters < 9 else 3))
+    ranks = domain * draw(st.sampled_from([1, 1, 2]))
+    most = min((ranks - 1) * masters, 3)
+    scale = draw(st.sampled_from([1, 3, 40, 5000, 2**31 / (ranks * ranks * masters)]))
+    power, quiet = draw(st.sampled_from([0.0, 0.5, 2.0, 12.0, 60.0])), draw(st.sampled_from([0.0, 0.5]))
+    return Case(
+        skewed(ranks, masters, scale, power, draw(st.integers(0, 2**31)), quiet),
+        draw(st.lists(st.integers(0, most), min_size=ranks, max_size=ranks)),
+        domain,
+        draw(st.sampled_from([0.0, 0.01, 0.1])),
+        draw(st.none() | st.sampled_from([0, 1, 30, 1000])),
+    )
+
+
+def check_uneven(experts_per_rank: list[int], slots: int | list[int], device: str, seed: int) -> None:
+    """Ranks with unequal numbers of experts: `make_plan` on a device gives the plan that it gives on the host."""
+    ranks, experts = len(experts_per_rank), sum(experts_per_rank)
+    counts_RE = skewed(1, experts, 700, 8.0, seed).repeat(ranks, 1) // (1 + torch.arange(ranks))[:, None]
+    right = make_plan(counts_RE, slots, experts_per_rank=experts_per_rank)
+    topology = make_topology(ranks, experts, slots, None, experts_per_rank)
+    made = make._plan_on_device(counts_RE.to(device), topology, 100, None)
+    assert torch.equal(made.slot_expert_RS.cpu(), right.slot_expert_RS) and right.slot_expert_RS.max() >= 0
+    assert torch.equal(made.shares_RP.cpu(), right.shares_RP)
 
 
 _empty = Tensor.new_empty

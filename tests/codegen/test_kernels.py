@@ -17,6 +17,8 @@ GROUPS = {
     "edges": ["the example", "no tokens", "balanced", "one expert", "huge", "an empty rank"],
     "sizes": ["sizes that are no powers of two", "scarce slots"],
     "time": ["fast, not even", "no copy pays", "fast with huge loads"],
+    "many experts": ["many experts", "many experts, refined", "many experts, huge"],
+    "many experts elsewhere": ["many experts in domains", "more experts than are read at once"],
     "topologies": ["domains", "domains of one", "ranks without slots"],
 }
 
@@ -30,6 +32,15 @@ def _run(module: str, *arguments: str, **environment: str) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_planner_in_the_interpreter(group: str) -> None:
     _run("interpreted", "planner", *GROUPS[group], TRITON_INTERPRET="1")
+
+
+def test_planner_with_uneven_ranks_in_the_interpreter() -> None:
+    _run("interpreted", "planner_uneven", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_planner_at_random_in_the_interpreter() -> None:
+    _run("interpreted", "planner_at_random", "60", TRITON_INTERPRET="1")
 
 
 def test_counts_in_the_interpreter() -> None:
@@ -52,6 +63,9 @@ def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+MANY = [(2, 64, 2, 2), (8, 16, 2, 8), (64, 16, 2, 64), (16, 40, 3, 4), (8, 128, 2, 8)]  # experts a rank
+
+
 class TestOnDevice:
     pytestmark = gpu
 
@@ -62,7 +76,7 @@ class TestOnDevice:
         for name in GROUPS[group]:
             check_plan(small_cases()[name], "cuda", [None, 1])
 
-    @pytest.mark.parametrize("ranks, masters, slots, domain", [(8, 8, 2, 8), (64, 4, 2, 64), (40, 4, 1, 8), (128, 2, 1, 128)])
+    @pytest.mark.parametrize("ranks, masters, slots, domain", [(8, 8, 2, 8), (64, 4, 2, 64), (40, 4, 1, 8), (128, 2, 1, 128), *MANY])
     def test_many_loads(self, ranks: int, masters: int, slots: int, domain: int) -> None:
         from tests.codegen.planning_cases import Case, check_plan
 
@@ -70,6 +84,13 @@ class TestOnDevice:
             scale = (3, 400, 5000, 2.0**31 / (ranks * ranks * masters))[seed % 4]
             counts_RE = skewed(ranks, masters, scale, (0.5, 4.0, 16.0)[seed % 3], seed, quiet=0.3)
             check_plan(Case(counts_RE, slots, domain, (0.01, 0.0)[seed % 2]), "cuda", [None, ranks // 3])
+
+    def test_uneven_ranks(self) -> None:
+        from tests.codegen.planning_cases import check_uneven
+
+        for seed in range(4):
+            check_uneven([3, 1, 4], [1, 2, 1], "cuda", seed)
+            check_uneven([60, 0, 30, 70], 2, "cuda", seed)
 
     def test_captured_in_a_graph(self) -> None:
         from ultraep_compile.planner import make_plan

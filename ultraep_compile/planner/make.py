@@ -21,7 +21,6 @@ from ultraep_compile.planner.shares import split_quotas
 from ultraep_compile.planner.topology import Topology, make_topology
 
 KERNEL_SLOTS = 1024  # slots of a domain that the kernels' tiles hold
-KERNEL_MASTERS = 32  # of a rank: each is a register, and Triton's compile time grows with the square of their number
 KERNEL_EXPERTS = 4096  # experts of a domain, with ranks and masters rounded up to powers of two
 
 
@@ -115,10 +114,9 @@ def _by_domain(solve: Planner, counts_RC: NDArray, topology: Topology) -> Placem
 
 
 def _kernels_fit(topology: Topology) -> bool:
-    """Whether the Triton kernels can plan this: installed, and a domain fits the registers of a warp."""
+    """Whether the Triton kernels can plan this: installed, and a domain fits a warp."""
     lanes, masters = 1 << (topology.domain - 1).bit_length(), 1 << (topology.masters - 1).bit_length()
     fits = topology.domain * topology.slots <= KERNEL_SLOTS and lanes * masters <= KERNEL_EXPERTS
-    fits = fits and masters <= KERNEL_MASTERS
     return topology.slots > 0 and fits and find_spec("triton") is not None
 
 
