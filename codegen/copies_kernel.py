@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ultraep_compile.codegen.hottest_kernels import copied, in_registers, lost, replaced, row_of, stored
+from ultraep_compile.codegen.hottest_kernels import in_registers, lost, replaced, row_of, stored
 from ultraep_compile.planner.quota import COPY_WORTH
 
 CODE_SHIFT = tl.constexpr(40)  # a slot's entry = code of its expert << 40 | tokens, -1 where it is empty

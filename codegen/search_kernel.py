@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ultraep_compile.codegen.copies_kernel import CLASS_SHIFT, COST_BIAS, find_copies
+from ultraep_compile.codegen.copies_kernel import CLASS_SHIFT, find_copies
 from ultraep_compile.codegen.hottest_kernels import copied, hottest_first, in_registers
 from ultraep_compile.planner.quota import FEW_COPIES, LADDER, LOW_LOAD
 from ultraep_compile.planner.search import Method

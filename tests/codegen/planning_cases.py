@@ -25,6 +25,14 @@ class Case(NamedTuple):
     copy_tokens: int | None = None
 
 
+def hot_rank(counts_RE: Tensor, heat: int, home: int) -> Tensor:
+    """Rank 0's experts get more tokens, and all experts more of those at home: ranks export often, tokens leave home."""
+    ranks, experts = counts_RE.shape
+    owner_E = torch.arange(experts) // (experts // ranks)
+    out_RE = torch.where(owner_E == torch.arange(ranks)[:, None], home * counts_RE, counts_RE)
+    return torch.where(owner_E == 0, heat * out_RE, out_RE)
+
+
 def small_cases() -> dict[str, Case]:
     """Each takes another way through the kernels; few and small, for the interpreter is slow."""
     hot = torch.zeros(4, 8, dtype=torch.int64)
@@ -46,7 +54,7 @@ def small_cases() -> dict[str, Case]:
         "fast, not even": Case(skewed(4, 4, 900, 8.0, seed=6), 2, copy_tokens=200),
         "no copy pays": Case(skewed(4, 2, 900, 6.0, seed=3), 1, copy_tokens=10**6),
         "fast with huge loads": Case(huge, 1, copy_tokens=2**20),
-        "many experts": Case(skewed(3, 11, 900, 6.0, seed=1), 2),
+        "many experts": Case(hot_rank(skewed(3, 11, 100, 1.0, seed=5), 3, 4), 3),
         "many experts, refined": Case(skewed(2, 20, 60, 2.0, seed=2), 1, tolerance=0.0),
         "many experts, huge": Case(huge.repeat(1, 5)[:2], 2),
         "many experts in domains": Case(skewed(4, 9, 500, 8.0, seed=3), [1, 2, 0, 2], domain=2, copy_tokens=50),
@@ -64,8 +72,9 @@ def any_case(draw: st.DrawFn) -> Case:
     most = min((ranks - 1) * masters, 3)
     scale = draw(st.sampled_from([1, 3, 40, 5000, 2**31 / (ranks * ranks * masters)]))
     power, quiet = draw(st.sampled_from([0.0, 0.5, 2.0, 12.0, 60.0])), draw(st.sampled_from([0.0, 0.5]))
+    counts_RE = skewed(ranks, masters, scale, power, draw(st.integers(0, 2**31)), quiet)
     return Case(
-        skewed(ranks, masters, scale, power, draw(st.integers(0, 2**31)), quiet),
+        hot_rank(counts_RE, draw(st.integers(1, 4)), draw(st.integers(1, 4))) if scale <= 5000 else counts_RE,
         draw(st.lists(st.integers(0, most), min_size=ranks, max_size=ranks)),
         domain,
         draw(st.sampled_from([0.0, 0.01, 0.1])),
