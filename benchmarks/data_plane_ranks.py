@@ -1,7 +1,9 @@
 """The data plane over real ranks, one process each: `torchrun --nproc-per-node N -m benchmarks.data_plane --json F`.
 
-Bandwidth here is bytes that leave (replicate) or enter (reduce) a rank over the time of the slowest rank; all ranks send
-and receive alike. The ceilings are peer copies by the copy engine, to and from the next rank, all ranks at once.
+Bandwidth here is bytes that leave (replicate) or enter (reduce) a rank over the time of the slowest rank. All ranks send
+and receive alike, but for the rows `one way`, where rank 0 alone sends, to rank 1. The ceilings are peer copies by the copy
+engine, to and from the next rank, all ranks at once or one way. A time is that of CALLS calls in a row over CALLS, so that
+launching does not count.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from ultraep_compile.codegen.reduce import announce_gradients, await_read, launc
 from ultraep_compile.codegen.replicate import await_slots, free_slots, launch_push, replicate_to_slots
 from ultraep_compile.symmetric import Region, SymmetricPool, open_pool
 
+CALLS = 5
+
 
 def slowest(function: Callable[[], object]) -> tuple[float, float, float]:
     """Median, least and greatest over repetitions of the slowest rank's milliseconds."""
@@ -30,10 +34,11 @@ def slowest(function: Callable[[], object]) -> tuple[float, float, float]:
         dist.barrier()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        function()
+        for _ in range(CALLS):
+            function()
         end.record()
         torch.cuda.synchronize()
-        worst = torch.tensor([start.elapsed_time(end)], device="cuda")
+        worst = torch.tensor([start.elapsed_time(end) / CALLS], device="cuda")
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         samples.append(worst.item())
     samples = samples[3:]
@@ -59,6 +64,41 @@ def ceiling_rows(size: int = 256 << 20) -> list[dict[str, Any]]:
         a, b = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty(size, dtype=torch.uint8, device="cuda")
         sent = size * (ranks - 1) // ranks
         rows.append(row("nccl all_to_all_single", sent, slowest(lambda: dist.all_to_all_single(b, a)), {}))
+    pool.close()
+    return rows
+
+
+def one_way_rows(parts: tuple[Part, ...], sweep: list[tuple[int, int]], size: int = 256 << 20) -> list[dict[str, Any]]:
+    """Two experts from rank 0 to rank 1, nothing else: the case for which UltraEP's weight_sync was measured."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    pool = open_pool({"x": Region((size,), torch.uint8)}, dist.group.WORLD, "cuda")  # pyright: ignore
+    mine, theirs = torch.empty(size, dtype=torch.uint8, device="cuda").random_(), pool.on_rank("x", (rank + 1) % ranks)
+    rows = [row("copy engine push, one way", size, slowest(lambda: rank == 0 and theirs.copy_(mine)), {})]
+    pool.close()
+    bundle = Bundle("w", ranks, 2, 2, parts)
+    plan = torch.full((ranks, 2), -1, dtype=torch.int32)
+    plan[1] = torch.arange(2)
+    pool = open_pool(bundle.replicate_regions(), dist.group.WORLD, "cuda", deadline_s=30)  # pyright: ignore
+    masters, table, hosted = _weights(bundle, rank), plan.cuda(), hosted_pools(pool)
+
+    def exchange(programs: int, warps: int) -> None:
+        replicate_to_slots(pool, bundle, masters, table, programs=programs, warps=warps)
+        await_slots(pool, bundle, table)
+        free_slots(pool, bundle)
+
+    exchange(*sweep[0])
+    pool.check(synchronize=True)
+    if rank == 1:
+        _check_slots(pool, bundle, 2, [0, 1])
+    moved, ceilings = 2 * sum(p.nbytes for p in parts), {"push": rows[0]["GB/s"]}
+    facts = {"expert_MB": moved / 2e6, "fan_out": 1, "mode": "direct"}
+    for programs, warps in sweep:
+        times = slowest(lambda p=programs, w=warps: exchange(p, w))
+        rows.append(row("replicate exchange, one way", moved, times, ceilings, **facts, programs=programs, warps=warps))
+    for programs, warps in sweep:
+        times = slowest(lambda p=programs, w=warps: launch_push(hosted, bundle, masters, p, w))
+        rows.append(row("replicate stream, one way", moved, times, ceilings, **facts, programs=programs, warps=warps))
+    pool.barrier()
     pool.close()
     return rows
 
@@ -184,6 +224,7 @@ def rank_tables(big: tuple[Part, ...], small: tuple[Part, ...]) -> list[dict[str
     rows = ceiling_rows()
     ceilings = {"push": rows[0]["GB/s"], "pull": rows[1]["GB/s"]}
     sweep = [(16, 4), (32, 4), (32, 8), (64, 8), (132, 4), (264, 4), (264, 8)]
+    rows += one_way_rows(big, sweep)
     fans = sorted({1, dist.get_world_size() - 1})
     for fan in fans:
         rows += replicate_rows(big, fan, sweep, {"push": ceilings["push"]})

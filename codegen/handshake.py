@@ -16,13 +16,8 @@ from ultraep_compile.symmetric import control
 from ultraep_compile.symmetric.pool import SymmetricPool
 
 
-@triton.jit(do_not_specialize=["rank0"])
-def arrive_kernel(counts_p, control_p, rank0, R, RP: tl.constexpr):
-    """Program i, of rank rank0 + i: add 1 to this rank's count and store it at every peer. One warp.
-
-    Example: the third arrival of rank 1 stores 3 in counts[1] of every rank.
-    """
-    rank = rank0 + tl.program_id(0)
+@triton.jit
+def _arrive(counts_p, control_p, rank, R, RP: tl.constexpr):
     mine_p = tl.load(counts_p + rank).to(tl.pointer_type(tl.int32))
     if not has_failed(tl.load(control_p + rank).to(tl.pointer_type(tl.int64))):
         count = tl.load(mine_p + R) + 1
@@ -33,10 +28,8 @@ def arrive_kernel(counts_p, control_p, rank0, R, RP: tl.constexpr):
         tl.atomic_xchg(peers_p + rank, tl.zeros((RP,), tl.int32) + count, mask=peer < R, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["rank0", "site", "lag"])
-def await_kernel(counts_p, control_p, rank0, site, lag, R, RP: tl.constexpr, PHASE_CODE: tl.constexpr):
-    """Program i, of rank rank0 + i: wait until every rank's count has reached this rank's turn - lag. One warp."""
-    rank = rank0 + tl.program_id(0)
+@triton.jit
+def _await(counts_p, control_p, rank, site, lag, R, RP: tl.constexpr, PHASE_CODE: tl.constexpr):
     mine_p = tl.load(counts_p + rank).to(tl.pointer_type(tl.int32))
     my_control_p = tl.load(control_p + rank).to(tl.pointer_type(tl.int64))
     turn = tl.load(mine_p + R + 1) + 1
@@ -44,6 +37,28 @@ def await_kernel(counts_p, control_p, rank0, site, lag, R, RP: tl.constexpr, PHA
     peer = tl.arange(0, RP)
     expected = tl.zeros((RP,), tl.int32) + turn - lag
     wait_all(mine_p + peer, expected, peer < R, peer, my_control_p, site, PHASE_CODE, True, RP)
+
+
+@triton.jit(do_not_specialize=["rank0"])
+def arrive_kernel(counts_p, control_p, rank0, R, RP: tl.constexpr):
+    """Program i, of rank rank0 + i: add 1 to this rank's count and store it at every peer. One warp.
+
+    Example: the third arrival of rank 1 stores 3 in counts[1] of every rank.
+    """
+    _arrive(counts_p, control_p, rank0 + tl.program_id(0), R, RP)
+
+
+@triton.jit(do_not_specialize=["rank0", "site", "lag"])
+def await_kernel(counts_p, control_p, rank0, site, lag, R, RP: tl.constexpr, PHASE_CODE: tl.constexpr):
+    """Program i, of rank rank0 + i: wait until every rank's count has reached this rank's turn - lag. One warp."""
+    _await(counts_p, control_p, rank0 + tl.program_id(0), site, lag, R, RP, PHASE_CODE)
+
+
+@triton.jit(do_not_specialize=["rank", "site"])
+def meet_kernel(counts_p, control_p, rank, site, R, RP: tl.constexpr, PHASE_CODE: tl.constexpr):
+    """Both in one launch, for a process of one rank."""
+    _arrive(counts_p, control_p, rank, R, RP)
+    _await(counts_p, control_p, rank, site, 0, R, RP, PHASE_CODE)
 
 
 def warp_width(n: int) -> int:
@@ -78,3 +93,10 @@ def await_all(pools: SymmetricPool | Sequence[SymmetricPool], name: str, phase: 
     await_kernel[(len(hosted),)](
         counts, controls, first.rank, site, lag, first.ranks, warp_width(first.ranks), code, num_warps=1
     )
+
+
+def meet(pool: SymmetricPool, name: str, phase: str, site: int = 0) -> None:
+    """`arrive` and `await_all` of one rank."""
+    counts, controls = pool.addresses(name), pool.addresses(control.CONTROL)
+    code = control.phase_code(phase)
+    meet_kernel[(1,)](counts, controls, pool.rank, site, pool.ranks, warp_width(pool.ranks), code, num_warps=1)

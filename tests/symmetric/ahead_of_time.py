@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.symmetric.interpreted import take
-from ultraep_compile.codegen.handshake import arrive_kernel, await_kernel
+from ultraep_compile.codegen.handshake import arrive_kernel, await_kernel, meet_kernel
 
 
 def compiled(kernel: Any, capability: int, warps: int, signature: dict[str, str], **constants: Any) -> dict[str, Any]:
@@ -30,6 +30,9 @@ def main(capability: int) -> None:
     signature = {**tables, "site": "i32", "lag": "i32", "R": "i32"}
     ptx = compiled(await_kernel, capability, 1, signature, RP=64, PHASE_CODE=0)["ptx"]
     assert "sys.acquire" in ptx and "globaltimer" in ptx
+    signature = {"counts_p": "*i64", "control_p": "*i64", "rank": "i32", "site": "i32", "R": "i32"}
+    ptx = compiled(meet_kernel, capability, 1, signature, RP=32, PHASE_CODE=0)["ptx"]
+    assert ptx.index("sys.release") < ptx.index("sys.acquire")
     signature = {"rows_p": "*i64", "flags_p": "*i64", "control_p": "*i64", "out_p": "*i64"}
     signature |= {"rank": "i32", "turn": "i32", "site": "i32"}
     ptx = compiled(take, capability, 4, signature, CODE=6)["ptx"]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tests.multirank import run_ranks
 from ultraep_compile.codegen import waits
-from ultraep_compile.codegen.handshake import arrive, await_all
+from ultraep_compile.codegen.handshake import arrive, await_all, meet
 from ultraep_compile.errors import PeerTimeoutError
 from ultraep_compile.symmetric import Region, SymmetricPool, control, counters, open_pool, open_virtual_pools
 
@@ -62,8 +62,7 @@ def _exchange(rank: int) -> None:
         expected = torch.empty_like(values)
         dist.all_to_all_single(expected, values)
         assert torch.equal(out, expected)
-        arrive(pool, "ready")
-        await_all(pool, "ready", "receive buffers are free")  # nobody overwrites a row that is still to be read
+        meet(pool, "ready", "receive buffers are free")  # nobody overwrites a row that is still to be read
     pool.check()
 
 

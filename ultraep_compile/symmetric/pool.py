@@ -103,10 +103,9 @@ class SymmetricPool:
         if self.virtual:
             return
         if self.device.type == "cuda":
-            from ultraep_compile.codegen.handshake import arrive, await_all
+            from ultraep_compile.codegen.handshake import meet
 
-            arrive(self, control.BARRIER)
-            await_all(self, control.BARRIER, "barrier", site)
+            meet(self, control.BARRIER, "barrier", site)
         else:
             self._host_barrier(site)
 
