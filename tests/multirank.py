@@ -1,9 +1,14 @@
-"""Run a function on several gloo processes and bring back what each returned."""
+"""Run a function on several gloo processes and bring back what each returned.
+
+The processes are forked from a server that has imported what is slow to import and has run nothing else, so that they
+start in a tenth of a second instead of several: importing torch's compiler and transformers cost more than most checks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import os
 import tempfile
 import traceback
@@ -15,10 +20,38 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+_SLOW_TO_IMPORT = (
+    "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor", "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict", "transformers.modeling_utils", "ultraep_compile.backend",
+)  # fmt: skip
+
+
+def start_processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Start `function(rank, *args)` on every rank with one thread and this process's environment; returns the processes.
+
+    They are daemons. What the environment decides when torch or triton is imported is as when the first were started.
+    """
+    in_a_fork = os.environ.get("TRITON_INTERPRET") == "1"  # of `tests.interpreter`: it has imported what is needed
+    context = mp.get_context("fork" if in_a_fork else "forkserver")
+    if not in_a_fork:
+        context.set_forkserver_preload([m for m in _SLOW_TO_IMPORT if importlib.util.find_spec(m.partition(".")[0])])
+    environment = dict(os.environ)
+    processes = [
+        context.Process(target=_started, args=(environment, function, r, *args), daemon=True) for r in range(world)
+    ]
+    for p in processes:
+        p.start()
+    return processes
+
+
+def _started(environment: dict[str, str], function: Callable[..., Any], *args: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*args)
+
 
 def _process(rank: int, world: int, store: str, results: str, function: Callable[..., Any], args: tuple) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300)
     )
@@ -48,13 +81,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     """`function(rank, *args)` on every rank of a fresh gloo group; its results by rank. Raises with all tracebacks."""
     with tempfile.TemporaryDirectory() as folder:
         store, results = os.path.join(folder, "store"), os.path.join(folder, "result")
-        context = mp.get_context("spawn")
-        processes = [
-            context.Process(target=_process, args=(r, world, store, results, function, args), daemon=True)
-            for r in range(world)
-        ]
-        for p in processes:
-            p.start()
+        processes = start_processes(world, _process, world, store, results, function, args)
         failed = False
         for p in processes:
             p.join(timeout=400)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from tests.interpreter import run_interpreted
 from tests.planner.problems import skewed
 
 pytest.importorskip("triton")
+from tests.codegen import ahead_of_time
+
+MODULE = "tests.codegen.interpreted"
 
 GROUPS = {
     "edges": ["the example", "no tokens", "balanced", "one expert", "huge", "an empty rank"],
@@ -23,15 +23,9 @@ GROUPS = {
 }
 
 
-def _run(module: str, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", f"tests.codegen.{module}", *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("group", GROUPS)
 def test_planner_in_the_interpreter(group: str) -> None:
-    _run("interpreted", "planner", *GROUPS[group], TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "planner", *GROUPS[group])
 
 
 def test_planner_with_uneven_ranks_in_the_interpreter() -> None:
@@ -44,20 +38,21 @@ def test_planner_at_random_in_the_interpreter() -> None:
 
 
 def test_counts_in_the_interpreter() -> None:
-    _run("interpreted", "counts", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "counts")
 
 
 def test_guards_in_the_interpreter() -> None:
-    _run("interpreted", "guards", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "guards")
 
 
 def test_grouped_products_in_the_interpreter() -> None:
-    _run("interpreted", "grouped", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "grouped")
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
-    _run("ahead_of_time", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+def test_compiles_ahead_of_time(capability: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ahead_of_time.main(capability)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -13,6 +9,7 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
+from tests.codegen import ahead_of_time_tokens
 from tests.codegen.interpreted_tokens import exchange_rows
 from tests.codegen.token_cases import (
     TokenCase,
@@ -23,12 +20,14 @@ from tests.codegen.token_cases import (
     check_wire,
     small_token_cases,
 )
+from tests.interpreter import run_interpreted
 from tests.multirank import run_ranks
 from ultraep_compile.codegen.dispatch import addresses, pull_rows, push_rows
 from ultraep_compile.codegen.reroute import reroute_and_place, window
 from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.layout import ExpertLayout
 
+MODULE = "tests.codegen.interpreted_tokens"
 GROUPS = [
     ["the example", "every expert chosen", "no tokens at all"],
     ["one rank", "no slots, odd sizes", "repeated choices"],
@@ -37,33 +36,29 @@ GROUPS = [
 DISPATCHED = [["the example", "no tokens at all", "repeated choices"], ["padding"]]
 
 
-def _run(module: str, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", f"tests.codegen.{module}", *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: g[0])
 def test_reroute_in_the_interpreter(group: list[str]) -> None:
-    _run("interpreted_tokens", "reroute", *group, TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "reroute", *group)
 
 
 @pytest.mark.parametrize("group", DISPATCHED, ids=lambda g: g[0])
 def test_dispatch_in_the_interpreter(group: list[str]) -> None:
-    _run("interpreted_tokens", "dispatch", *group, TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "dispatch", *group)
 
 
 def test_wire_format_and_sum_in_the_interpreter() -> None:
-    _run("interpreted_tokens", "wire", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "wire")
 
 
 def test_processes_exchange_rows_in_the_interpreter() -> None:
-    _run("interpreted_tokens", "processes", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "processes")
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
-    _run("ahead_of_time_tokens", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+def test_compiles_ahead_of_time(capability: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ahead_of_time_tokens.reroute(capability)
+    ahead_of_time_tokens.rows(capability)
 
 
 @settings(deadline=None, max_examples=25)

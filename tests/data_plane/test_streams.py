@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.data_plane import cases
+from tests.interpreter import run_interpreted
 from ultraep_compile.codegen.bundle import Bundle, Part
 from ultraep_compile.codegen.emit import cache_folder, load_source
 from ultraep_compile.codegen.routes import sender_reference
@@ -18,33 +18,29 @@ from ultraep_compile.errors import OptionError, PoolError, TopologyError
 from ultraep_compile.symmetric import open_virtual_pools
 
 pytest.importorskip("triton")
+from tests.data_plane import ahead_of_time
 from ultraep_compile.codegen.reduce import reduce_from_slots, reduce_source
 from ultraep_compile.codegen.replicate import replicate_source, replicate_to_slots
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def _run(module: str, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize(
     "case", ["routes", "virtual direct", "virtual relay", "virtual adaptive", "reduce", "examples", "far", "processes"]
 )
 def test_in_the_interpreter(case: str) -> None:
-    _run("tests.data_plane.interpreted", *case.split(), TRITON_INTERPRET="1")
+    run_interpreted("tests.data_plane.interpreted", *case.split())
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("stalled", marks=pytest.mark.slow)])
 def test_a_missing_process(how: str) -> None:
-    _run("tests.data_plane.faults", how, "cpu", "30", TRITON_INTERPRET="1")
+    run_interpreted("tests.data_plane.faults", "check_missing", how, "cpu", 30.0)
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_compiles_ahead_of_time(capability: int, tmp_path) -> None:
-    _run("tests.data_plane.ahead_of_time", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+def test_compiles_ahead_of_time(capability: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ahead_of_time.main(capability, show=False)
 
 
 PARTS = (Part((64, 96), torch.bfloat16), Part((7,), torch.uint8))

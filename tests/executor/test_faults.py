@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.executor import toys
+from tests.multirank import start_processes
 from ultraep_compile.errors import PeerTimeoutError
 from ultraep_compile.executor.pipeline import Pipeline
 from ultraep_compile.executor.settings import Settings
@@ -39,7 +39,6 @@ class _Faulty(torch.nn.Module):
 
 
 def _process(rank: int, folder: str, number: int) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -63,12 +62,7 @@ def _process(rank: int, folder: str, number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 def test_a_lost_rank_is_named(number: int, tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=_process, args=(r, str(tmp_path), int(number)), daemon=True) for r in range(RANKS)
-    ]
-    for p in processes:
-        p.start()
+    processes = start_processes(RANKS, _process, str(tmp_path), int(number))
     try:
         for rank in (0, 2):
             processes[rank].join(timeout=240)
