@@ -29,12 +29,12 @@ def test_planner_in_the_interpreter(group: str) -> None:
 
 
 def test_planner_with_uneven_ranks_in_the_interpreter() -> None:
-    _run("interpreted", "planner_uneven", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "planner_uneven")
 
 
 @pytest.mark.slow
 def test_planner_at_random_in_the_interpreter() -> None:
-    _run("interpreted", "planner_at_random", "60", TRITON_INTERPRET="1")
+    run_interpreted(MODULE, "planner_at_random", "60")
 
 
 def test_counts_in_the_interpreter() -> None:
