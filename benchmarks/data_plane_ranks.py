@@ -2,8 +2,8 @@
 
 Bandwidth here is bytes that leave (replicate) or enter (reduce) a rank over the time of the slowest rank. All ranks send
 and receive alike, but for the rows `one way`, where rank 0 alone sends, to rank 1. The ceilings are peer copies by the copy
-engine, to and from the next rank, all ranks at once or one way. A time is that of CALLS calls in a row over CALLS, so that
-launching does not count.
+engine, to and from the next rank, all ranks at once or one way. A time is that of a CUDA graph of CALLS calls over CALLS,
+so that launching does not count.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ CALLS = 5
 
 def slowest(function: Callable[[], object]) -> tuple[float, float, float]:
     """Median, least and greatest over repetitions of the slowest rank's milliseconds."""
+    function()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            function()
     samples = []
     for _ in range(REPEATS + 3):
         torch.cuda.synchronize()
         dist.barrier()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(CALLS):
-            function()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
         worst = torch.tensor([start.elapsed_time(end) / CALLS], device="cuda")
