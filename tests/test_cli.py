@@ -82,6 +82,10 @@ def test_dump_writes_graphs_programs_and_report(folder: Path) -> None:
     assert {"index.html", "explain.json", "explain.txt", "graph0.html"} <= names
     assert any("insert_balance_pass" in n for n in names) and any(n.startswith("row_program") for n in names)
     assert "ultraep.experts" in (folder / "dumped" / "graph0.html").read_text()
+    kernels = {n for n in names if n.startswith("kernel_")}
+    assert {n.split("_")[1] for n in kernels} == {"push", "pass", "pull"}  # alike for all layers, so once each
+    for name in kernels:
+        compile((folder / "dumped" / name).read_text(), name, "exec")
 
 
 def test_view_refuses_what_is_not_a_trace(folder: Path) -> None:

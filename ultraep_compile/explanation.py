@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ultraep_compile.codegen.row_function import RowProgram
 from ultraep_compile.config import Options
 from ultraep_compile.cost_model import Layer, Rates, copy_tokens
 from ultraep_compile.errors import SiteCountError
@@ -68,8 +69,8 @@ class Explanation:
     graphs: int
     snapshots: list[list[tuple[str, str]]] = field(default_factory=list)
     """Per graph: (pass, text), first the graph before any pass."""
-    programs: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Generated row programs by site: source of forward and backward."""
+    programs: dict[str, RowProgram] = field(default_factory=dict)
+    """Generated row programs by site, over all experts."""
     roles: dict[str, list[str]] = field(default_factory=no_roles)
     """Multimodal parts of the model, by structure: `encoders`, `projectors`, `llm`, `generators`."""
     parts: list[str] = field(default_factory=list)
@@ -169,7 +170,7 @@ def _explanation(
     roles: dict[str, list[str]],
 ) -> Explanation:
     sites: list[SiteReport] = []
-    programs: dict[str, tuple[str, str]] = {}
+    programs: dict[str, RowProgram] = {}
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     held = lambda f: sum(sizes[n] for n in f.parameters) if f.rung == "lifted" else 0  # noqa: E731
     open_findings = [f for f in findings if f.rung in ("traced", "lifted")]
@@ -189,7 +190,7 @@ def _explanation(
                 beside += numbers
             sites.append(_rewritten(name, site, made, finding))
             done += numbers
-            programs[sites[-1].name] = (made.program.forward_module.code, made.program.backward_module.code)
+            programs[sites[-1].name] = made.program
     for rewrite in rewrites:
         sites += [_missed(m) for m in rewrite.misses]
     said = {s.name for s in sites}

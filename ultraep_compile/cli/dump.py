@@ -5,12 +5,16 @@ from __future__ import annotations
 import html
 import itertools
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ultraep_compile.errors import TargetError
+
+if TYPE_CHECKING:
+    from ultraep_compile.codegen.row_function import RowProgram
 
 _STYLE = """
 :root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 110rem; padding: 0 1rem }
@@ -25,8 +29,11 @@ def dump(
     out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")],
     stages: Annotated[int, typer.Option(help="Write a pipeline of so many stages of a multimodal model, too.")] = 0,
     microbatches: Annotated[int, typer.Option(help="Microbatches of that pipeline; 0: two for each stage.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks at most for which streaming kernels are shown.")] = 8,
+    slots: Annotated[int, typer.Option(min=1, help="Redundant experts a rank, likewise.")] = 2,
 ) -> None:
-    """Write the graph before and after every pass, as text and HTML, the generated row programs, and the report of explain."""
+    """Write the graph before and after every pass, as text and HTML, the generated row programs and streaming kernels, and
+    the report of explain."""
     from ultraep_compile.cli.target import load_target, need_inputs
     from ultraep_compile.explanation import dumps
     from ultraep_compile.explanation import explain as run
@@ -50,11 +57,28 @@ def dump(
                 f"graph {index}: {sum('ultraep.experts' in line for line in snapshots[-1][1].splitlines())} rewritten layers",
             )
         )
-    for name, (forward, backward) in found.programs.items():
+    written: set[str] = set()
+    for name, program in found.programs.items():
+        file = f"{name.replace('.', '_') or 'model'}.py"
+        forward, backward = program.forward_module.code, program.backward_module.code
         text = f'"""Row program of {name}: explicit forward and backward over masters and slots."""\nimport torch\n\n{forward}\n{backward}\n'
-        (out / f"row_program_{name.replace('.', '_') or 'model'}.py").write_text(text)
+        (out / f"row_program_{file}").write_text(text)
+        for kernel, text in _streaming_kernels(program, ranks, slots).items():
+            if text not in written:  # layers alike share theirs
+                written.add(text)
+                (out / f"kernel_{kernel}_{file}").write_text(text)
     (out / "index.html").write_text(_index_page(target, str(found), pages, sorted(p.name for p in out.iterdir())))
     typer.echo(f"wrote {out / 'index.html'}")
+
+
+def _streaming_kernels(program: RowProgram, ranks: int, slots: int) -> dict[str, str]:
+    """Those for the largest number of ranks, `ranks` at most, that divides the experts; none where Triton is missing."""
+    if find_spec("triton") is None or not program.signature.params:
+        return {}
+    from ultraep_compile.codegen.streams import streaming_kernels
+
+    experts = program.signature.masters
+    return streaming_kernels(program, max(r for r in range(1, ranks + 1) if experts % r == 0), slots)
 
 
 def _write_pipeline(model: Any, inputs: Any, stages: int, microbatches: int, out: Path) -> None:
