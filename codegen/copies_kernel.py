@@ -19,17 +19,6 @@ WORTH = tl.constexpr(COPY_WORTH)
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
-def _any(values):
-    """The bits that are set anywhere along axis 0."""
-    return tl.reduce(values, 0, _or)
-
-
-@triton.jit
 def find_copies(
     rows, load, tau, mean, worst, total, c, class_, copy_tokens, sign, near, near_full, best_fit, slots, own_p, counts_p,
     column_p, key_p, table_p, keys_p, first_rank, R, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, G_BITS: tl.constexpr,
@@ -66,21 +55,22 @@ def find_copies(
     found = near >= 0  # always
     wanted = found
 
-    # bring the columns that are read first into the L1 cache, all at once: they have 8 ranks to a sector
+    # bring the columns that are read first into the L1 cache, all at once: they have 8 ranks to a sector. The loads are
+    # written out, so that no lane's values move to another; for more ranks that would be too much code
     columns = column_p + first_rank * (MP * GP)
     touched = tl.zeros((GP,), tl.int32)
-    if KEY == tl.int32:
-        sector = tl.arange(0, GP // 8)[:, None] * 8
-        first = ((g << M_BITS) + (rows[0] & (MP - 1))) << G_BITS
-        touched |= _any(tl.load(columns + first[None, :] + sector, mask=(over > 0)[None, :] & (sector < D), other=0))
+    if KEY == tl.int32 and D <= 128:
+        first = columns + (((g << M_BITS) + (rows[0] & (MP - 1))) << G_BITS)
+        for sector in tl.static_range(0, D, 8):
+            touched |= tl.load(first + sector, mask=over > 0, other=0)
         if M > 1:  # the second one's, where the hottest alone cannot do
-            second = ((g << M_BITS) + (rows[1] & (MP - 1))) << G_BITS
-            also = over > rows[0] >> M_BITS
-            touched |= _any(tl.load(columns + second[None, :] + sector, mask=also[None, :] & (sector < D), other=0))
+            second = columns + (((g << M_BITS) + (rows[1] & (MP - 1))) << G_BITS)
+            for sector in tl.static_range(0, D, 8):
+                touched |= tl.load(second + sector, mask=over > rows[0] >> M_BITS, other=0)
         if REGISTERS:
-            m = tl.arange(0, MP)[:, None]
-            own = tl.load(own_p + m * R + first_rank + lane, mask=(m < M) & (lane < D), other=0)
-            touched |= _any((own & 1).to(tl.int32))
+            for m in tl.static_range(M):
+                own = tl.load(own_p + m * R + first_rank + g, mask=g < D, other=0)
+                touched |= (own & 1).to(tl.int32)
 
     # `next_` is the rank that exports, `hot` its hottest expert and, if FILL, `need` what it must shed. What follows from
     # the other ranks' state is looked up while this one's target is still sought: few lookups depend on each other.
