@@ -24,6 +24,7 @@ from tests import forms
 from tests.balancing import backend, relative
 from tests.multirank import run_ranks
 from ultraep_compile import clip_grad_norm_, shard_experts
+from ultraep_compile.errors import RoutingError
 from ultraep_compile.report import collect_reports
 
 KINDS = ("LoopOverHit", "SwitchCapacity", "LowRankExperts", "FlatWeights")
@@ -207,3 +208,41 @@ def test_experts_in_lists_over_2_and_4_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_experts_in_lists_over_2_ranks(tmp_path: Path) -> None:
     run_ranks(2, _over_ranks, 2, str(tmp_path))
+
+
+class ByThreshold(forms.DenseGated):
+    """As many experts as have a probability of a fifth: how many differs from token to token."""
+
+    def mix(self, h: Tensor) -> Tensor:
+        gates = self.router.proj(h).softmax(-1)
+        gates = gates * (gates > 0.2)
+        y = torch.stack([expert(h) for expert in self.experts], dim=1)
+        return torch.einsum("te,ted->td", gates, y)
+
+
+def _one_bad_batch(rank: int) -> list[str]:
+    """On one rank a token goes to more experts than any did when the model was prepared."""
+    torch.manual_seed(0)
+    model = ByThreshold().train()
+    with torch.no_grad():
+        model.router.proj.weight.zero_()[:2, :2] = torch.eye(2) * 40  # without these features all experts are alike
+    x = torch.randn(1, 24, forms.WIDTH)
+    x[..., :2] = x[..., :2].sign() * torch.rand(1, 24, 2) + 0.1
+    shard_experts(model, init_device_mesh("cpu", (2,)), (x,))
+    compiled = torch.compile(model, backend=backend())
+    found = []
+    for bad in (False, True, False):
+        batch = torch.zeros_like(x) if bad and rank == 1 else x
+        try:
+            compiled(batch)
+            found.append("")
+        except RoutingError as error:
+            found.append(str(error))
+    return found
+
+
+def test_more_choices_than_prepared_for_are_an_error_on_all_ranks() -> None:
+    first, second = run_ranks(2, _one_bad_batch)
+    assert first == second
+    assert [bool(text) for text in first] == [False, True, False]
+    assert "on rank 1, token 0 has weights for 4 experts, but no token had more than" in first[1]

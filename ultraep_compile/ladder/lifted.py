@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.codegen.row_function import RowSignature, TensorSpec, compile_row_function
-from ultraep_compile.errors import RoutingError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.ops.routing import TOO_MANY
 from ultraep_compile.passes.lift.called import LiftedExperts, register_lifted
 from ultraep_compile.passes.lift.markers import expert_mm, expert_take
 
@@ -87,22 +87,21 @@ def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, ne
 def chosen(weights: Tensor, choices: int) -> Tensor:
     """The experts with a weight that is not zero, for each token: ids [T, K] from weights [T, E].
 
-    Raises: RoutingError for a token with more than K of them: nothing may be left out.
+    A token with more than K of them has first id `TOO_MANY - their number`: nothing may be left out, and `expert_load`, where
+    all ranks meet, makes an error of it that all of them raise.
 
     Example:
         >>> chosen(torch.tensor([[0., 2., 0., 1.]]), 2).tolist()
         [[1, 3]]
+        >>> chosen(torch.tensor([[0., 2., 3., 1.]]), 2)[0, 0] == TOO_MANY - 3
+        tensor(True)
     """
-    counts = (weights != 0).sum(1)
-    if bool((counts > choices).any()):
-        token = int((counts > choices).nonzero()[0])
-        raise RoutingError(
-            f"token {token} has weights for {int(counts[token])} experts, but no token had more than {choices} when the model was "
-            "prepared. Call ultraep_compile.prepare again with a batch that shows it."
-        )
     # Tokens with fewer choices fill up with experts in turn, so that nobody gets all of them; their weight is zero.
     rank = (weights != 0).to(torch.float32) * 2 - _share(weights)
-    return rank.topk(choices, dim=1, sorted=False).indices.sort(1).values
+    ids = rank.topk(choices, dim=1, sorted=False).indices.sort(1).values
+    counts = (weights != 0).sum(1)
+    ids[:, 0] = torch.where(counts > choices, TOO_MANY - counts, ids[:, 0])
+    return ids
 
 
 def _share(weights: Tensor) -> Tensor:

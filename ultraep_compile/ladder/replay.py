@@ -228,7 +228,7 @@ class Replay:
             if ids is None:
                 ids = g.call_function(torch.ops.ultraep.chosen.default, (weight, s.choices))
             if s.weight_form != "pairs":
-                weight = g.call_method("gather", (weight, 1, ids))
+                weight = g.call_method("gather", (weight, 1, g.call_method("clamp", (ids,), {"min": 0})))
             if s.factor != 1:
                 weight = g.call_function(operator.mul, (weight, s.factor))
         skip = None

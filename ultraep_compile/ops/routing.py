@@ -108,11 +108,12 @@ class Fault:
     """The first thing wrong with a rank's routing."""
 
     kind: int = 0
-    """0: nothing; 1: a score that is not finite; 2: an id out of range."""
+    """0: nothing; 1: a score that is not finite; 2: an id out of range; 3: more experts than choices (see `TOO_MANY`)."""
     token: int = 0
     column: int = 0
-    """Expert of a score, choice of an id."""
+    """Expert of a score, choice of an id; of kind 3, the number of choices."""
     value: float = 0
+    """The score, the id; of kind 3, how many experts the token has weights for."""
 
     def packed(self) -> list[int]:
         """As int32 numbers: ids do not always fit one, nor all scores a float of that size."""
@@ -131,6 +132,11 @@ class Fault:
                 "such a score; look for an overflow before this layer (learning rate, loss scale, a bad batch) and skip or "
                 "repair the step."
             )
+        if self.kind == 3:
+            return (
+                f"token {self.token} has weights for {int(self.value)} experts, but no token had more than {self.column} when the "
+                "model was prepared. Call ultraep_compile.prepare again with a batch that shows it."
+            )
         return (
             f"token {self.token}, choice {self.column} is routed to expert {int(self.value)}, but this layer has experts "
             f"0..{experts - 1}. Correct the router (or the table of expert ids) that produced it."
@@ -145,6 +151,10 @@ def _score_fault(scores: Tensor | None) -> Fault | None:
     return Fault(1, token, column, rows[token, column].item())
 
 
+TOO_MANY = -(1 << 30)
+"""What an id is counted down from where a token has weights for more experts than it has choices."""
+
+
 def _id_fault(ids: Tensor, experts: int) -> Fault | None:
     if ids.numel() == 0:
         return None
@@ -152,6 +162,8 @@ def _id_fault(ids: Tensor, experts: int) -> Fault | None:
     if int(low) >= 0 and int(high) < experts:
         return None
     token, choice = torch.nonzero((ids < 0) | (ids >= experts))[0].tolist()
+    if TOO_MANY - experts <= int(ids[token, choice]) < TOO_MANY:
+        return Fault(3, token, ids.shape[1], TOO_MANY - int(ids[token, choice]))
     return Fault(2, token, choice, ids[token, choice].item())
 
 
