@@ -40,7 +40,8 @@ def prepare_site(
     site: Site, label: str, layout: ExpertLayout, group: str, options: Options
 ) -> tuple[str, ExpertSite]:
     """Compile the site's row function and register it under `label`; returns its key."""
-    sharded = any(is_unshard(n) for p in site.params for n in upstream(p))
+    unsharded = any(is_unshard(n) for p in site.params for n in upstream(p))
+    sharded, summed = unsharded or site.divided is not None, site.divided is not None
     if group and (foreign := [n for p in site.params for n in upstream(p) if is_attribute(n)]):
         raise ValueError(
             f"{foreign[0].target} takes part in its experts' weights and is neither a parameter nor a buffer, so other ranks "
@@ -62,8 +63,8 @@ def prepare_site(
         is_take=lambda t: t is expert_take,
         fuse=options.inner == "inductor",
     )
-    made = ExpertSite(label, layout, group, sharded, program)
-    content = repr((label, layout, group, sharded, program.key, options.digest()))
+    made = ExpertSite(label, layout, group, sharded, program, summed)
+    content = repr((label, layout, group, sharded, summed, program.key, options.digest()))
     key = f"{label}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     register_site(key, made)
     if group:
@@ -91,7 +92,8 @@ def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, p
         slot_expert = graph.call_function(operator.getitem, (plan, 0))
         shares = graph.call_function(operator.getitem, (plan, 1))
         physical = graph.call_function(ops.reroute.default, (ids, slot_expert, shares, layout.experts, made.group, key))
-        params = [own_part(graph, p, layout.ranks) for p in site.params] if made.sharded else site.params
+        gathered = made.sharded and not site.divided
+        params = [own_part(graph, p, layout.ranks) for p in site.params] if gathered else site.params
         weight = site.weight if site.uses_weight else None
         out = graph.call_function(
             ops.experts.default,

@@ -85,20 +85,20 @@ def _bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
 
 
 def topology_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
-    """Fix ranks and group: from the options, or from parameters that `shard_experts` divided. Changes nothing."""
+    """Fix ranks and group: from the options, or from experts that `shard_experts` or the model divided. Changes nothing."""
     options = rewrite.options
     unshards = {n for s in rewrite.sites for p in s.params for n in upstream(p) if is_unshard(n)}
-    groups = {n.args[3]: n.args[2] for n in unshards}
+    groups = {n.args[3]: n.args[2] for n in unshards} | dict(s.divided for s in rewrite.sites if s.divided)
     if len(groups) > 1:
         raise TopologyError(
-            f"experts are sharded over {len(groups)} different groups. Shard all of them over one mesh."
+            f"experts are divided over {len(groups)} different groups. Divide all of them over one."
         )
     rewrite.group, rewrite.ranks = "", options.ranks or 1
     if groups:
         ((rewrite.group, rewrite.ranks),) = groups.items()  # pyright: ignore
         if options.ranks not in (None, rewrite.ranks):
             raise TopologyError(
-                f"option 'ranks' is {options.ranks} but the experts are sharded over {rewrite.ranks} processes. Leave 'ranks' out."
+                f"option 'ranks' is {options.ranks} but the experts are divided over {rewrite.ranks} processes. Leave 'ranks' out."
             )
     if options.group is not None:
         if rewrite.group not in ("", options.group.group_name):

@@ -152,4 +152,4 @@ def test_bad_topologies_are_refused_on_every_rank() -> None:
         assert "no experts found that could be divided" in messages[0]
         assert "6 experts cannot be divided over 4 ranks" in messages[1]
         assert "'ranks' is 2 but the process group has 4 processes" in messages[2]
-        assert "'ranks' is 2 but the experts are sharded over 4 processes" in messages[3]
+        assert "'ranks' is 2 but the experts are divided over 4 processes" in messages[3]

@@ -22,6 +22,7 @@ from ultraep_compile.config import Options
 from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError
 from ultraep_compile.ops import watch
 from ultraep_compile.passes.cache_key import CacheKeyPass
+from ultraep_compile.passes.lift.called import is_divided
 from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
 from ultraep_compile.shadow import Shadow
@@ -68,7 +69,9 @@ def _raise(error: UltraEPError, *args: Any) -> None:
 
 
 def _is_sharded(gm: fx.GraphModule) -> bool:
-    return any(n.op == "call_function" and "unshard" in str(n.target) for n in gm.graph.nodes)
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    calls = [n for g in graphs for n in g.nodes if n.op == "call_function"]
+    return any("unshard" in str(n.target) or is_divided(n) for n in calls)
 
 
 def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Compiled:

@@ -120,7 +120,9 @@ def explain(
     snapshots: bool = False,
     expect_moe_sites: int | None = None,
 ) -> Explanation:
-    """Compile a model's forward once, with every MoE layer rewritten for one rank, and report.
+    """Compile a model's forward once, with every MoE layer rewritten, and report.
+
+    For one rank; layers that are divided over processes for those, and then every one of them must call this.
 
     Args:
         inputs: keyword arguments (mapping) or positional arguments of one forward.
@@ -133,7 +135,7 @@ def explain(
     runs: list[Rewrite] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        rewrite = Rewrite(Options(ranks=1, redundant_experts=0), snapshots=[] if snapshots else None)
+        rewrite = Rewrite(Options(redundant_experts=0), snapshots=[] if snapshots else None)
         rewrites.append(rewrite)
         run = run_passes(gm, rewrite).forward
 
@@ -255,8 +257,8 @@ def _rewritten(name: str, site: Site, made: ExpertSite, finding: Finding | None)
 
 
 def _pays(made: ExpertSite, top_k: int) -> str:
-    """The threshold for an example: as many ranks as divide the experts, up to 8, with the default number of slots."""
-    ranks = max(r for r in range(1, 9) if made.layout.experts % r == 0)
+    """The threshold for the layer's own ranks, or for as many as divide the experts, up to 8, with the default number of slots."""
+    ranks = made.layout.ranks if made.group else max(r for r in range(1, 9) if made.layout.experts % r == 0)
     layout = ExpertLayout(made.layout.experts, ranks, min(2, made.layout.experts - made.layout.experts // ranks))
     found = [tokens_to_break_even(dataclasses.replace(made, layout=layout), top_k, training) for training in (False, True)]
     if ranks == 1:

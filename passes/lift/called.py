@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-import ultraep_compile.ops.experts  # noqa: F401  (defines the op)
+from ultraep_compile.ops.experts import site_of
 from ultraep_compile.passes.lift.gating import find_gating
 from ultraep_compile.passes.lift.nodes import GraphFacts, held, module_path
 from ultraep_compile.passes.lift.site import Site
@@ -48,6 +48,7 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
         (output,) = [u for u in node.users if u.target is operator.getitem]
         gating = find_gating(facts, ids, weight if isinstance(weight, fx.Node) else None, lifted.experts)
         y = held(output)
+        own = site_of(str(node.args[7]))
         yield Site(
             name=module_path(node) or lifted.place or node.name,
             source=lifted.source,
@@ -68,7 +69,13 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
             output=output,
             region=[counts, node, output],
             anchors=[node],
+            divided=(own.group, own.layout.ranks) if own.group else None,
         )
+
+
+def is_divided(node: fx.Node) -> bool:
+    """Is this a call of lifted experts that the model divides over ranks by itself?"""
+    return node.target is torch.ops.ultraep.experts.default and bool(site_of(str(node.args[7])).group)
 
 
 def _identity() -> fx.GraphModule:

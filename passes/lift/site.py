@@ -64,6 +64,8 @@ class Site:
     """The nodes that the rewrite replaces, in graph order."""
 
     anchors: list[fx.Node] = field(default_factory=list)
+    divided: tuple[str, int] | None = None
+    """Group and its size, where the model divides the experts over ranks by itself: `params` are this rank's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -152,16 +152,6 @@ def test_no_false_site(name):
     assert found.moe_sites == [] and found.expert_parameters == 0
 
 
-def test_over_several_ranks_already(monkeypatch):
-    """A layer that exchanges rows with other ranks by itself is recognised and left alone."""
-    model, inputs = forms.build("Exchanging")
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    (site,) = explain(model, inputs).moe_sites
-    assert site.status == "unbalanceable" and "expert-parallel already" in site.reason
-    assert "all_to_all_single over 2 ranks" in site.reason
-    assert lifted_layer(model) is None
-
-
 # ---- refused rather than wrong --------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.probes import resized
 from ultraep_compile.ladder.recording import Call
+from ultraep_compile.ladder.together import ALONE, Ranks, local
 from ultraep_compile.passes.lift.values import Refusal
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,29 @@ def in_mode(owner: nn.Module, training: bool) -> Iterator[None]:
 
 
 def check(
-    owner: nn.Module, function: Callable, call: Call, leads: list[tuple[int, ...]], seeds: tuple[int, ...] = SEEDS
+    owner: nn.Module,
+    function: Callable,
+    call: Call,
+    leads: list[tuple[int, ...]],
+    seeds: tuple[int, ...] = SEEDS,
+    ranks: Ranks = ALONE,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Outputs and gradients of the new forward against the module's own, on batches of several sizes and routings.
 
+    Of a layer that several ranks run, each has tokens of its own, and compares what it gets and the gradients of what it holds.
+
+    Args:
+        dtype: in which the experts compute, perhaps a less precise one than that of outputs and parameters.
     Raises: Refusal that says what differs.
     """
     owner_call = lambda *a, **k: type(owner).forward(owner, *a, **k)  # noqa: E731
     probes = [(lead, seed, False) for lead, seed in zip(leads, itertools.cycle(seeds), strict=False)]
     checked = 0
-    for lead, seed, skewed in [*probes, *((leads[0], seed, True) for seed in seeds), (leads[-1], seeds[0], True)]:
-        batch = resized(call, lead, 100 + seed, skewed=skewed)
+    skewed_ones = [*((leads[0], seed, True) for seed in seeds), (leads[-1], seeds[0], True)]
+    for index, (lead, seed, skewed) in enumerate([*probes, *skewed_ones]):
+        together = index == len(probes)  # for once, the tokens of all ranks go to the same experts
+        batch = resized(call, lead, 100 + seed, skewed=skewed, rank=0 if together else ranks.rank)
         try:
             old = _step(owner, owner_call, batch, seed)
         except Exception as reason:
@@ -64,7 +77,7 @@ def check(
             new = _step(owner, lambda *a, **k: function(owner, *Call(a, k).inputs()), batch, seed)
         except Exception as error:
             raise Refusal(f"the replayed forward fails on another batch: {type(error).__name__} {error}") from error
-        _compare(old, new)
+        ranks.agreed(lambda old=old, new=new: _compare(old, new, dtype))
     if checked < 3:
         raise Refusal("its own forward fails on all but one or two probe batches")
 
@@ -89,7 +102,8 @@ def _step(owner: nn.Module, run: Callable, batch: Call, seed: int) -> dict[str, 
         for buffer, value in kept:
             buffer.copy_(value)
     return results | {
-        f"gradient of {n}": torch.zeros_like(w) if g is None else g for n, w, g in zip(names, wanted, grads, strict=True)
+        f"gradient of {n}": torch.zeros_like(local(w)) if g is None else local(g)
+        for n, w, g in zip(names, wanted, grads, strict=True)
     }
 
 
@@ -99,7 +113,7 @@ def _weighted(tensor: Tensor, index: int) -> Tensor:
     return (tensor.float() * direction).sum().cpu()
 
 
-def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+def _compare(old: dict[str, Tensor], new: dict[str, Tensor], dtype: torch.dtype) -> None:
     if old.keys() != new.keys():
         raise Refusal("the replayed forward returns other tensors than the module's own")
     scale = max((float(t.double().norm()) for n, t in old.items() if n.startswith("gradient")), default=0.0)
@@ -114,5 +128,5 @@ def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         error = float((was.double() - now.double()).norm())
         size = float(was.double().norm())
         floor = 1e-7 * scale if name.startswith("gradient") else 0.0
-        if not error <= _TOLERANCE.get(was.dtype, 1e-4) * size + floor + 1e-12:
+        if not error <= max(_TOLERANCE.get(t, 1e-4) for t in (was.dtype, dtype)) * size + floor + 1e-12:
             raise Refusal(f"{name} of the replayed forward differs by {error / max(size, 1e-30):.1e} (relative)")

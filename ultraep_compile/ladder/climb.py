@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,14 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
-from ultraep_compile.ladder.layer import lift_layer, recheck, routed_product
+from ultraep_compile.ladder.layer import lift_layer, meets_rows_of_others, recheck, routed_product
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
+from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, noticed
 from ultraep_compile.passes.lift import Site, find_moe_sites
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -65,6 +68,13 @@ class Calls:
     first: dict[str, Call] = field(default_factory=dict)
     chained: set[str] = field(default_factory=set)
     """Containers whose children feed one another: layers, not experts."""
+    exchanging: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    """Modules that send rows to other ranks, in their forward or in hooks on it, and the group."""
+
+    def ranks_of(self, path: str) -> Ranks:
+        """The processes that run this module together."""
+        inside = [g for p, g in self.exchanging.items() if p == path or p.startswith(f"{path}.") or not path]
+        return Ranks(inside[0]) if inside else ALONE
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -86,6 +96,9 @@ def watched(model: nn.Module, found: list[Candidate]) -> Callable[[], Calls]:
     wanted = {p for holder in representatives.values() for p in _upwards(holder)}
     calls, handles = Calls(wanted), []
     modules = dict(model.named_modules())
+    exchanges = contextlib.ExitStack()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        exchanges.enter_context(_watch_exchanges(modules, calls))
 
     def remember(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -102,9 +115,39 @@ def watched(model: nn.Module, found: list[Candidate]) -> Callable[[], Calls]:
     def done() -> Calls:
         for handle in handles:
             handle.remove()
+        exchanges.close()
         return calls
 
     return done
+
+
+@contextlib.contextmanager
+def _watch_exchanges(modules: dict[str, nn.Module], calls: Calls) -> Iterator[None]:
+    """Note which module sends rows to other ranks: the innermost one that is running, its hooks included."""
+    running: list[tuple[str, Call]] = []
+
+    def enter(path: str) -> Callable:
+        return lambda module, args, kwargs: running.append((path, Call(args, dict(kwargs))))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        running.pop()
+
+    def note(name: str, group: dist.ProcessGroup, args: tuple) -> None:
+        if is_dispatch(name) and running:
+            calls.exchanging.setdefault(running[-1][0], group)
+            for path, call in running:
+                calls.first.setdefault(path, call)
+
+    handles = []
+    for path, module in modules.items():
+        handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with noticed(note):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) -> list[Any]:
@@ -132,12 +175,12 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
     findings: list[Finding] = []
     settled: set[str] = set()
     kinds: dict[tuple, list[Candidate]] = {}
-    for candidate in found:
+    for candidate in [*found, *_lone(model, found, calls)]:
         kinds.setdefault(_kind(model, candidate), []).append(candidate)
     for alike in kinds.values():
         if alike[0].group and alike[0].holder in calls.chained:
             continue
-        alike = [c for c in alike if not settled.issuperset(c.parameters)]
+        alike = [c for c in alike if not (c.parameters and settled.issuperset(c.parameters))]
         if not alike:
             continue
         for finding in _settle(model, alike, calls):
@@ -147,12 +190,21 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
     return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
 
 
+def _lone(model: nn.Module, found: list[Candidate], calls: Calls) -> Iterator[Candidate]:
+    """Modules that send rows to other ranks and hold one expert each, which has no like beside it."""
+    for path in calls.exchanging:
+        if not any(not path or c.holder == path or c.holder.startswith(f"{path}.") for c in found):
+            yield Candidate(path, None, (), False)
+
+
 def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[Finding]:
     """All candidates of one kind by what works for the first."""
     first = alike[0]
     levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _is_plain(calls.first[p])]
     levels = [p for p in levels if _is_layer(model, p, alike)]
-    if first.stacked and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
+    home = _exchanging_level(model, first, levels, calls)
+    levels = [p for p in levels if calls.ranks_of(p).size == 1] if home is None else levels[levels.index(home) :]
+    if first.stacked and home is None and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
         for each in alike:
             yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
         return
@@ -163,7 +215,7 @@ def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[
         if lifted_layer(owner) is not None:
             return
         try:
-            layer = lift_layer(owner, path, calls.first[path], _inside(first.group, path))
+            layer = lift_layer(owner, path, calls.first[path], _inside(first.group, path), calls.ranks_of(path))
         except (Unbalanceable, Missed) as reason:
             verdict = verdict if isinstance(verdict, Unbalanceable) else reason
         except Refusal as reason:
@@ -183,6 +235,16 @@ def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[
             yield Finding(each.holder, rung, str(verdict), each.parameters, experts)
 
 
+def _exchanging_level(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str | None:
+    """The innermost module in whose forward a candidate's weights meet rows that come from other ranks, if there is one."""
+    for path in levels:
+        if (ranks := calls.ranks_of(path)).size > 1:
+            inside = {n[len(path) :].lstrip(".") if path else n for n in candidate.parameters}
+            if meets_rows_of_others(model.get_submodule(path), calls.first[path], inside, ranks):
+                return path
+    return None
+
+
 def _installed(
     model: nn.Module, alike: list[Candidate], first: Candidate, path: str, layer: LiftedLayer, calls: Calls
 ) -> Iterator[Finding]:
@@ -194,7 +256,7 @@ def _installed(
         parameters = tuple(f"{here}.{n}" if here else n for n in facts.parameters)
         try:
             if each is not first:
-                recheck(owner, layer, calls.first[path])
+                recheck(owner, layer, calls.first[path], calls.ranks_of(path))
         except Refusal as reason:
             yield Finding(here, "missed", str(reason), parameters, facts.experts)
             continue
@@ -204,7 +266,8 @@ def _installed(
             keep_counts(model.get_submodule(_caller(here, path, calls)))
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
         only = "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
-        why = f"experts called {facts.form}{only}, lifted from a recorded forward; outputs and gradients checked against eager"
+        over = "" if facts.ranks == 1 else f" over the {facts.ranks} ranks of the layer's own all-to-all, which planning replaces"
+        why = f"experts called {facts.form}{only}{over}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
 
 
@@ -285,6 +348,8 @@ def _is_layer(model: nn.Module, path: str, alike: list[Candidate]) -> bool:
     prefix = f"{path}." if path else ""
     if len(alike) > 1 and sum(c.holder == path or c.holder.startswith(prefix) for c in alike) > 1:
         return False
+    if not alike[0].parameters:
+        return True  # which parameters are its experts' is not known yet
     experts = sum(model.get_parameter(n).numel() for n in alike[0].parameters)
     return sum(p.numel() for p in model.get_submodule(path).parameters()) <= _MOST * experts
 

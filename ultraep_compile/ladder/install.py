@@ -32,6 +32,10 @@ class LayerFacts:
     source: str = ""
     lead: tuple[int, ...] | None = None
     """The only shape of tokens that the new forward is good for; None for any."""
+    ranks: int = 1
+    """Processes that the layer divides its experts over by itself."""
+    dtype: torch.dtype = torch.float32
+    """In which the experts compute."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from ultraep_compile.ladder.regions import (
     ALL,
     Parts,
     Region,
+    between_exchanges,
     code_of,
     ends_of,
     find_parts,
@@ -31,8 +32,19 @@ from ultraep_compile.ladder.regions import (
     row_count,
 )
 from ultraep_compile.ladder.replay import Replay
-from ultraep_compile.ladder.routing import Missed, Routing, Slots, Sources, Unbalanceable, judge, measure, sources
-from ultraep_compile.ladder.rows import RowFunction, row_function
+from ultraep_compile.ladder.routing import (
+    Missed,
+    Routing,
+    Slots,
+    Sources,
+    Unbalanceable,
+    common_sources,
+    judge,
+    measure,
+    sources,
+)
+from ultraep_compile.ladder.rows import RowFunction, ends_of_groups, row_function
+from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, local
 from ultraep_compile.passes.lift.called import LiftedExperts
 from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
@@ -52,23 +64,26 @@ class _Analysis:
     weights: Tensor
 
 
-def lift_layer(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> LiftedLayer:
+def lift_layer(
+    owner: nn.Module, name: str, call: Call, group: Siblings | None, ranks: Ranks = ALONE
+) -> LiftedLayer:
     """New forwards for a module that contains experts.
 
     Args:
         call: one real call of the module.
         group: the sibling modules that are its experts, with paths inside the module; None where parameters hold them.
+        ranks: the processes that this layer's own exchanges join, each with experts of its own. All of them come here.
     Raises: Refusal with the reason, Unbalanceable where the loads are equal by construction.
     """
     if "forward" in vars(owner):
         raise Refusal("its forward was replaced on the instance")
     pattern = Pattern.of(owner, call)
     with in_mode(owner, owner.training):
-        function, text, facts = _lift(owner, name, call, group)
+        function, text, facts = _lift(owner, name, call, group, ranks)
     layer = LiftedLayer(facts, {owner.training: function}, pattern, {owner.training: text})
     try:
         with in_mode(owner, not owner.training):
-            function, text, there = _lift(owner, name, call, group)
+            function, text, there = _lift(owner, name, call, group, ranks)
     except Refusal as reason:
         log.info("%s stays as it is with training=%s: %s", name, not owner.training, reason)
     else:
@@ -77,18 +92,18 @@ def lift_layer(owner: nn.Module, name: str, call: Call, group: Siblings | None) 
     return layer
 
 
-def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tuple[Callable, str, LayerFacts]:
-    owned = group.parameters() if group else {}
-    count = len(group.names) if group else 0
-    leads = probe_leads(call, count or _leading(owner))
+def _lift(
+    owner: nn.Module, name: str, call: Call, group: Siblings | None, ranks: Ranks
+) -> tuple[Callable, str, LayerFacts]:
+    leads = ranks.every(probe_leads(call, (len(group.names) if group else _leading(owner)) * ranks.size))[0]
     problem: Refusal | None = None
-    outermost = _leaves(owner, owned, group)
-    ways = [(outermost, 1.0)] + ([({}, 1.0)] if outermost else [])
-    if (large := deviation(call)) > _LARGE:  # a router that is sure of itself has weights too small to be measured
-        ways.append((outermost, 0.1 / large))
-    for leaves, gain in ways:
+    plain = _ways(owner, call, group, leads[0], ranks)
+    ways = [(way, 1.0) for way in plain]
+    if (large := max(ranks.every(deviation(call)))) > _LARGE:  # a router that is sure of itself has weights too small to be measured
+        ways.append((plain[0], 0.1 / large))
+    for way, gain in ways:
         try:
-            return _attempt(owner, name, call, owned, count, leads, leaves, gain)
+            return _attempt(owner, name, call, way, leads, ranks, gain)
         except Unbalanceable:
             raise
         except Refusal as reason:
@@ -97,38 +112,87 @@ def _lift(owner: nn.Module, name: str, call: Call, group: Siblings | None) -> tu
     assert problem is not None
     if isinstance(problem, Missed):  # perhaps Python computes with sizes: more of them show how
         with contextlib.suppress(Refusal):
-            return _attempt(owner, name, call, owned, count, leads, outermost, more=more_leads(call))
-    if isinstance(problem, Missed):  # sizes that Python computes: good for the numbers of tokens that were seen
+            return _attempt(owner, name, call, plain[0], leads, ranks, more=more_leads(call))
+    if isinstance(problem, Missed) and ranks.size == 1:  # sizes that Python computes: good for the numbers of tokens that were seen
         own = tuple(main_input(call).shape[:-1])
         with contextlib.suppress(Refusal):
-            function, text, facts = _attempt(owner, name, call, owned, count, [own] * 4, outermost)
+            function, text, facts = _attempt(owner, name, call, plain[0], [own] * 4, ranks)
             facts.lead = own
             return function, text, facts
     raise problem
 
 
-def _attempt(owner, name, call, owned, count, leads, leaves, gain=1.0, more=()) -> tuple[Callable, str, LayerFacts]:
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What a recording is to take for experts' tensors, and which modules are one node each."""
+
+    owned: dict[str, tuple[str, int]]
+    """Parameter -> (role, expert); empty where experts are blocks of parameters."""
+    count: int
+    leaves: dict[nn.Module, str]
+
+
+def _ways(owner: nn.Module, call: Call, group: Siblings | None, lead: tuple[int, ...], ranks: Ranks) -> list[_Way]:
+    """The likeliest first. A single expert of a rank has no like beside it: it is what meets the rows of other ranks."""
+    if group is not None or ranks.size == 1:
+        owned = group.parameters() if group else {}
+        holders = [(owned, len(group.names) if group else 0, set(owned))]
+    else:
+        inside = between_exchanges(record(owner, resized(call, lead, 0, rank=ranks.rank), {}))
+        alone = {name: (name, 0) for name in sorted(inside)}
+        stacked = any(local(owner.get_parameter(n)).dim() >= 3 for n in inside if n in dict(owner.named_parameters()))
+        holders = [({}, 0, inside), (alone, 1, inside)] if stacked else [(alone, 1, inside)]
+    ways = []
+    for owned, count, inside in holders:
+        outermost = _leaves(owner, inside)
+        ways += [_Way(owned, count, outermost), *([_Way(owned, count, {})] if outermost else [])]
+    return ways
+
+
+def _attempt(
+    owner, name, call, way: _Way, leads, ranks: Ranks, gain=1.0, more=()
+) -> tuple[Callable, str, LayerFacts]:
     recorded = [*leads[:2], *more]
-    recordings = [record(owner, resized(call, lead, seed, gain=gain), leaves) for seed, lead in enumerate(recorded)]
+    recordings = [
+        record(owner, resized(call, lead, seed, gain=gain, rank=ranks.rank), way.leaves) for seed, lead in enumerate(recorded)
+    ]
     first = recordings[0]
-    if any(" over " in c for c in first.collectives):
-        raise Unbalanceable(
-            f"it is expert-parallel already: its forward exchanges rows by {first.collectives[0]}. Build it over one rank, or leave "
-            "the balance to its own dispatcher"
-        )
-    parts = find_parts(first, owned, count)
+    _judge_exchanges(first, ranks)
+    parts = ranks.agreed(lambda: find_parts(first, way.owned, way.count))
+    if len(held := set(ranks.every(parts.experts))) > 1:
+        raise Missed(f"its ranks hold different numbers of experts ({sorted(held)})")
     tokens = math.prod(leads[0])
     problem: Refusal | None = None
-    for found in _analyse(first, parts, tokens):
+    for found in _analyse(first, parts, tokens, ranks):
         try:
-            return _with_sources(owner, name, call, recordings, found, [*leads, *more[:2]])
+            return _with_sources(owner, name, call, recordings, found, [*leads, *more[:2]], ranks)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else problem or reason
     assert problem is not None
     raise problem
 
 
-def _with_sources(owner, name, call, recordings, found: _Analysis, leads) -> tuple[Callable, str, LayerFacts]:
+def _judge_exchanges(recording: Recording, ranks: Ranks) -> None:
+    """Do the layer's exchanges join the ranks that are looking at it, and no others?"""
+    over = [(n, g) for n, g in recording.exchanges if is_dispatch(n)]
+    if ranks.size == 1 and recording.exchanges:
+        name, group = recording.exchanges[0]
+        raise Unbalanceable(
+            f"it is expert-parallel already: its forward exchanges rows by {name} over {group.size()} ranks, and only all-to-all can be "
+            "replaced. Build it over one rank, or leave the balance to its own dispatcher"
+        )
+    if ranks.size > 1 and not over:
+        raise Refusal("its rows are exchanged with other ranks around it, not in its forward")
+    if len({g.group_name for _, g in over}) > 1:
+        raise Missed(
+            f"it exchanges rows over {len({g.group_name for _, g in over})} different groups. Experts of one layer are balanced over "
+            "one group: exchange over a single flat group"
+        )
+
+
+def _with_sources(
+    owner, name, call, recordings, found: _Analysis, leads, ranks: Ranks
+) -> tuple[Callable, str, LayerFacts]:
     parts = found.parts
     problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
     if found.slots.fixed and ALL not in parts.present and bool((found.slots.inputs != 0).any(1).all()):
@@ -136,59 +200,78 @@ def _with_sources(owner, name, call, recordings, found: _Analysis, leads) -> tup
             "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
             "equal by construction, there is nothing to balance"
         )
-    for way in sources(recordings[0], parts, found.routing, parts.experts, found.weights):
+    ways = sources(recordings[0], parts, found.routing, parts.experts * ranks.size, found.weights)
+    if ranks.size > 1:
+        here = ways
+        ways = common_sources(ranks.agreed(lambda: list(here)), recordings[0], parts, ranks)
+    for way in ways:
         try:
-            return _written(owner, name, call, recordings, found, way, leads)
+            return _written(owner, name, call, recordings, found, way, leads, ranks)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else Missed(str(reason))
     raise problem
 
 
-def _analyse(recording: Recording, parts: Parts, tokens: int) -> list[_Analysis]:
+def _analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> list[_Analysis]:
     """Regions, the cut where the experts' output stands, slots, tokens and factors."""
     present = sorted(parts.present)
-    if not present or (ALL not in present and len(present) < 2):
-        raise Refusal(f"{len(present)} experts ran on the probe batch, expected several")
-    ends = {e: ends_of(recording, parts, e) for e in present}
+
+    def ends_of_all() -> dict[int, list[fx.Node]]:
+        if not present or (ALL not in present and len(present) < 2 and ranks.size == 1):
+            raise Refusal(f"{len(present)} experts ran on the probe batch, expected several")
+        return {e: ends_of(recording, parts, e) for e in present}
+
+    ends = ranks.agreed(ends_of_all)
     problem = Refusal("its experts' computations end in no common tensor")
-    for position in range(min(map(len, ends.values()))):
+    for position in range(min(ranks.every(min(map(len, ends.values()))))):
         try:
-            return _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present})
+            return _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present}, ranks)
         except Unbalanceable:
             raise
         except Refusal as reason:
             if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
                 problem = reason
     counts = {row_count(recording.raw[all_ends[0]]) for all_ends in ends.values() if all_ends}
-    raise problem if len(counts) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
+    raise problem if max(ranks.every(len(counts))) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
 
 
-def _cut_at(recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node]) -> list[_Analysis]:
-    regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
-    codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
-    if len(set(codes.values())) > 1:
-        first = next(iter(codes))
-        other = next(e for e in codes if codes[e] != codes[first])
-        raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
-    plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
-    slots = _slots(recording, parts, regions, plain)
+def _cut_at(
+    recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node], ranks: Ranks
+) -> list[_Analysis]:
+    def cut() -> tuple[dict[int, Region], dict[int, RowFunction], Slots]:
+        regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
+        codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
+        if len(set(codes.values())) > 1:
+            first = next(iter(codes))
+            other = next(e for e in codes if codes[e] != codes[first])
+            raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
+        plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
+        return regions, plain, _slots(recording, parts, regions, plain, ranks)
+
+    regions, plain, slots = ranks.agreed(cut)
+    slots = slots.of_all(ranks, parts.experts)
+    experts = parts.experts * ranks.size
     try:
-        routings = measure(recording, parts, tokens, slots, parts.experts)
+        routings = measure(recording, parts, tokens, slots, experts, ranks)
     except Unbalanceable:
         raise
     except Refusal as reason:
         raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
-    judge(routings[0])
-    return [_weighed(recording, parts, next(iter(regions.values())), next(iter(plain.values())), slots, r) for r in routings]
+    ranks.agreed(lambda: judge(routings[0]))
+    region, rows = next(iter(regions.values())), next(iter(plain.values()))
+    found = [_weighed(recording, parts, region, rows, slots, r, ranks) for r in routings]
+    if len(set(ranks.every(found[0].rows.module.code))) > 1:
+        raise Missed("experts of different ranks do not compute the same with their weights")
+    return found
 
 
 def _weighed(
-    recording: Recording, parts: Parts, region: Region, rows: RowFunction, slots: Slots, routing: Routing
+    recording: Recording, parts: Parts, region: Region, rows: RowFunction, slots: Slots, routing: Routing, ranks: Ranks
 ) -> _Analysis:
     """Where the routing weights are used: on rows before the experts, inside, or on what comes out."""
     before, after, sent = routing.before, routing.after, routing.sent
-    weighs_before = bool(((before[sent] - 1).abs() > 1e-4).any())
-    weighs_after = bool(((after[sent] - 1).abs() > 1e-4).any())
+    weighs_before = any(ranks.every(bool(((before[sent] - 1).abs() > 1e-4).any())))
+    weighs_after = any(ranks.every(bool(((after[sent] - 1).abs() > 1e-4).any())))
     if weighs_before + weighs_after + (rows.weight is not None) > 1:
         raise Refusal("rows are weighted twice, before and after the experts")
     if weighs_before:
@@ -202,13 +285,18 @@ def _weighed(
 
 
 def _slots(
-    recording: Recording, parts: Parts, regions: dict[int, Region], functions: dict[int, RowFunction]
+    recording: Recording, parts: Parts, regions: dict[int, Region], functions: dict[int, RowFunction], ranks: Ranks
 ) -> Slots:
     inputs, outputs, experts, inner, counts = [], [], [], [], set()
     for expert, region in regions.items():
         x, y = recording.values[functions[expert].rows], recording.values[region.end]
         n = row_count(y)
-        if expert == ALL:
+        ends = ends_of_groups(region)
+        if ends:
+            last = recording.values[next(iter(ends))].long()
+            n = int(last[-1])  # what is behind belongs to no expert
+            number = torch.searchsorted(last, torch.arange(n), right=True)
+        elif expert == ALL:
             axis = [d for d in range(x.dim() - 1) if x.shape[d] == parts.experts]
             if not axis:
                 raise Refusal(f"the experts' input {list(x.shape)} has no dim of {parts.experts} experts")
@@ -219,12 +307,13 @@ def _slots(
             number = torch.full((n,), expert)
         counts.add(n)
         if (weight := functions[expert].weight) is not None:
-            inner.append(recording.values[weight].reshape(n))
-        inputs.append(x.reshape(n, -1))
-        outputs.append(y.reshape(n, -1))
+            inner.append(recording.values[weight].reshape(-1)[:n])
+        inputs.append(x.reshape(row_count(y), -1)[:n])
+        outputs.append(y.reshape(row_count(y), -1)[:n])
         experts.append(number)
     fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
-    mixed = _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
+    fixed = fixed and not any(map(ends_of_groups, regions.values()))
+    mixed = ranks.size == 1 and _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
     return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), torch.cat(inner) if inner else None, fixed, mixed)
 
 
@@ -239,23 +328,47 @@ def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
     return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
 
 
-def _written(owner, name, call, recordings, found: _Analysis, way: Sources, leads) -> tuple[Callable, str, LayerFacts]:
+def _written(
+    owner, name, call, recordings, found: _Analysis, way: Sources, leads, ranks: Ranks
+) -> tuple[Callable, str, LayerFacts]:
     first = recordings[0]
+    experts = found.parts.experts * ranks.size
     form = "together" if ALL in found.parts.present else "one by one"
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
     gating = gating_of(owner, call, leads[2])
     place = ".".join(p for p in (name, _common_path(found)) if p) or type(owner).__name__
-    lifted = LiftedExperts(found.rows.module, found.parts.experts, found.scaled, source, gating, place)
-    reference = Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, reference_caller(lifted))
-    check(owner, reference.function(), call, leads)
-    params = [_stacked_like(owner, found, role) for role in found.rows.roles]
-    consts = [first.raw[c].detach() for c in found.rows.consts]
-    weight = first.raw[way.weight] if found.scaled and way.weight is not None else None
-    run = caller(name or "model", lifted, first.raw[found.routing.table].flatten(0, -2), weight, params, consts)
-    replay = Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, run)
-    function = replay.function()
+    lifted = LiftedExperts(found.rows.module, experts, found.scaled, source, gating, place)
+
+    dtype = first.raw[found.rows.rows].dtype
+
+    def replay(rows: Callable) -> Replay:
+        return Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, rows, experts)
+
+    def balanced() -> tuple[Callable, str]:
+        _refuse_shared(first, found.rows.consts, ranks)
+        params = [_stacked_like(owner, found, role) for role in found.rows.roles]
+        consts = [first.raw[c].detach() for c in found.rows.consts]
+        weight = first.raw[way.weight] if found.scaled and way.weight is not None else None
+        hidden = first.raw[found.routing.table].flatten(0, -2).to(dtype)
+        made = replay(caller(name or "model", lifted, hidden, weight, params, consts, ranks.name, ranks.size))
+        return made.function(), made.source
+
+    if ranks.size == 1:
+        check(owner, replay(reference_caller(lifted)).function(), call, leads, dtype=dtype)
+        function, text = balanced()
+    else:  # nobody has all experts: what is checked is what will run
+        function, text = ranks.agreed(balanced)
+        check(owner, function, call, leads, ranks=ranks, dtype=dtype)
     holders = tuple(tuple(found.parts.holders[role]) for role in found.rows.roles)
-    return function, replay.source, LayerFacts(found.parts.experts, way.choices, holders, form, way.ids_form == "sizes", source)
+    counted = way.ids_form == "sizes"
+    return function, text, LayerFacts(experts, way.choices, holders, form, counted, source, ranks=ranks.size, dtype=dtype)
+
+
+def _refuse_shared(recording: Recording, consts: list[fx.Node], ranks: Ranks) -> None:
+    """What experts share besides their own weights is trained where their rows are computed: elsewhere, once balanced."""
+    trained = [n for n in consts if recording.raw[n].requires_grad]
+    if ranks.size > 1 and trained:
+        raise Missed(f"{trained[0].target} is trained and read by all experts, and each rank has one of its own. Freeze it")
 
 
 def _common_path(found: _Analysis) -> str:
@@ -286,19 +399,18 @@ def gating_of(owner: nn.Module, call: Call, lead: tuple[int, ...]) -> str:
 
 
 def _stacked_like(owner: nn.Module, found: _Analysis, role: str) -> Tensor:
-    parameter = owner.get_parameter(found.parts.holders[role][0])
+    parameter = local(owner.get_parameter(found.parts.holders[role][0]))
     shape = (found.parts.experts, *found.rows.layouts[role])
     return torch.empty(shape, dtype=parameter.dtype, device="meta")
 
 
 def _leading(owner: nn.Module) -> int:
-    sizes = [p.shape[0] for p in owner.parameters() if p.dim() >= 3]
+    sizes = [local(p).shape[0] for p in owner.parameters() if p.dim() >= 3]
     return max(set(sizes), key=sizes.count) if sizes else 8
 
 
-def _leaves(owner: nn.Module, owned: dict[str, Any], group: Siblings | None) -> dict[nn.Module, str]:
-    """Outermost modules inside that hold no expert: routers, shared experts, norms."""
-    inside = set(owned)
+def _leaves(owner: nn.Module, inside: set[str]) -> dict[nn.Module, str]:
+    """Outermost modules inside that hold no expert: routers, shared experts, norms. `inside`: experts' parameters, if known."""
     found: dict[nn.Module, str] = {}
     for path, module in owner.named_modules():
         if not path or any(path.startswith(f"{other}.") for other in found.values()):
@@ -320,12 +432,13 @@ def _is_flat(module: nn.Module) -> bool:
     )
 
 
-def recheck(owner: nn.Module, layer: LiftedLayer, call: Call) -> None:
+def recheck(owner: nn.Module, layer: LiftedLayer, call: Call, ranks: Ranks = ALONE) -> None:
     """The check of `lift_layer` for another module of the same make."""
     assert layer.facts.experts is not None
+    leads = ranks.every(probe_leads(call, layer.facts.experts))[0]
     for training, function in layer.functions.items():
         with in_mode(owner, training):
-            check(owner, function, call, probe_leads(call, layer.facts.experts), seeds=SEEDS[:1])
+            check(owner, function, call, leads, seeds=SEEDS[:1], ranks=ranks, dtype=layer.facts.dtype)
 
 
 def routed_product(owner: nn.Module, call: Call, parameters: set[str]) -> str:
@@ -333,3 +446,12 @@ def routed_product(owner: nn.Module, call: Call, parameters: set[str]) -> str:
     own = tuple(main_input(call).shape[:-1])
     node = multiplied_after_selection(record(owner, resized(call, own, 0), {}), parameters)
     return "" if node is None else node.meta.get("source") or str(node.target)
+
+
+def meets_rows_of_others(owner: nn.Module, call: Call, parameters: set[str], ranks: Ranks) -> bool:
+    """Do these parameters, or any if there are none, stand between an exchange of rows with other ranks and another one?"""
+    lead = ranks.every(tuple(main_input(call).shape[:-1]))[0]
+    found: set[str] = set()
+    with contextlib.suppress(Exception):  # what hooks around it exchange is no call of its own that could be repeated
+        found = between_exchanges(record(owner, resized(call, lead, 0, rank=ranks.rank), {}))
+    return any(ranks.every(bool(found & parameters if parameters else found)))

@@ -18,15 +18,24 @@ from ultraep_compile.passes.lift.markers import expert_mm, expert_take
 
 
 def caller(
-    name: str, lifted: LiftedExperts, hidden: Tensor, weight: Tensor | None, params: list[Tensor], consts: list[Tensor]
+    name: str,
+    lifted: LiftedExperts,
+    hidden: Tensor,
+    weight: Tensor | None,
+    params: list[Tensor],
+    consts: list[Tensor],
+    group: str = "",
+    ranks: int = 1,
 ) -> Callable[..., Tensor]:
     """The function `(hidden [T, D], ids [T, K], weight [T, K] or None, params, consts) -> [T*K, D_out]` for given shapes.
 
-    It runs on one rank. Compiled by the `ultraep` backend over several, the op inside is replaced by the balanced one.
+    It runs on one rank, or over the group of a layer that is divided already, `params` being this rank's. Compiled by the
+    `ultraep` backend over several ranks, the op inside is replaced by the balanced one.
     """
     keys: dict[torch.dtype, str] = {}
+    layout = ExpertLayout(lifted.experts, ranks, 0)
     for dtype in {hidden.dtype, torch.bfloat16, torch.float32}:
-        keys[dtype] = _register(name, lifted, hidden, weight, params, consts, hidden.dtype, dtype)
+        keys[dtype] = _register(name, lifted, layout, group, hidden, weight, params, consts, hidden.dtype, dtype)
     experts = lifted.experts
 
     def lifted_rows(
@@ -37,8 +46,8 @@ def caller(
             hidden, params = hidden.to(dtype), [p.to(dtype) for p in params]
             consts = [c.to(dtype) if c.is_floating_point() else c for c in consts]
         key = keys[hidden.dtype]
-        counts = torch.ops.ultraep.expert_load.default(ids, None, experts, 1, "", key)
-        empty = ids.new_empty(1, 0, dtype=torch.int32)
+        counts = torch.ops.ultraep.expert_load.default(ids, None, experts, ranks, group, key)
+        empty = ids.new_empty(ranks, 0, dtype=torch.int32)  # no slots: ids are physical experts, counts are shares
         return torch.ops.ultraep.experts.default(hidden, weight, ids, empty, counts, params, consts, key)[0]
 
     return lifted_rows
@@ -57,7 +66,9 @@ def reference_caller(lifted: LiftedExperts) -> Callable[..., Tensor]:
     return lifted_rows
 
 
-def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, new: torch.dtype) -> str:
+def _register(
+    name, lifted, layout: ExpertLayout, group: str, hidden, weight, params, consts, old: torch.dtype, new: torch.dtype
+) -> str:
     """Compile the row function for one dtype of rows and weights and make it known to the op."""
 
     def spec(tensor: Tensor, leading: int) -> TensorSpec:
@@ -65,7 +76,7 @@ def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, ne
         return TensorSpec(tuple(tensor.shape[leading:]), dtype)
 
     signature = RowSignature(
-        masters=lifted.experts,
+        masters=layout.masters,
         slots=0,
         rows=spec(hidden, 1),
         weight=TensorSpec((1,), weight.dtype) if weight is not None else None,
@@ -75,10 +86,9 @@ def _register(name, lifted, hidden, weight, params, consts, old: torch.dtype, ne
     program = compile_row_function(
         lifted.row_function, signature, is_product=lambda t: t is expert_mm, is_take=lambda t: t is expert_take
     )
-    layout = ExpertLayout(lifted.experts, 1, 0)
-    content = repr((name, program.key, dataclasses.asdict(layout)))
+    content = repr((name, program.key, dataclasses.asdict(layout), group))
     key = f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    register_site(key, ExpertSite(name, layout, "", False, program))
+    register_site(key, ExpertSite(name, layout, group, bool(group), program, summed=bool(group)))
     register_lifted(key, lifted)
     return key
 

@@ -19,11 +19,17 @@ def main_input(call: Call) -> Tensor:
     raise Refusal("its forward takes no tensor of token states")
 
 
-def resized(call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = False, gain: float = 1.0) -> Call:
-    """The call with other numbers of tokens: rows drawn from its own, token states random, `gain` times as large."""
+def resized(
+    call: Call, lead: tuple[int, ...], seed: int, *, skewed: bool = False, gain: float = 1.0, rank: int = 0
+) -> Call:
+    """The call with other numbers of tokens: rows drawn from its own, token states random, `gain` times as large.
+
+    Args:
+        rank: others have other tokens.
+    """
     states = main_input(call)
     old = tuple(states.shape[:-1])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1000 * rank)
     picks = [torch.randint(0, n, (m,), generator=generator) for n, m in zip(old, lead, strict=True)]
     flat = picks[0]
     for size, pick in zip(old[1:], picks[1:], strict=True):

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.ladder.together import noticed
 from ultraep_compile.passes.lift.values import Refusal
 
 _UNRECORDED = frozenset({"size", "dim", "stride", "numel", "backward", "requires_grad_", "storage_offset", "data_ptr"})
@@ -74,7 +76,8 @@ class Recording:
     """The return value with nodes for tensors."""
     stored: dict[str, fx.Node]
     """Attribute path -> tensor that the forward left in an attribute of a module (an auxiliary loss, say)."""
-    collectives: list[str]
+    exchanges: list[tuple[str, dist.ProcessGroup]]
+    """Collectives of several ranks, by name. The node that contains one has it in its `meta["exchange"]`."""
 
 
 def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int = 0) -> Recording:
@@ -97,7 +100,7 @@ def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int
     _restore(owner, before)
     output = pytree.tree_map(lambda t: recorder.node_of(t) if isinstance(t, Tensor) else t, result)
     return Recording(
-        recorder.graph, recorder.values, recorder.raw, owner, recorder.inputs, output, stored, recorder.collectives
+        recorder.graph, recorder.values, recorder.raw, owner, recorder.inputs, output, stored, recorder.exchanges
     )
 
 
@@ -133,7 +136,7 @@ class _Recorder(TorchFunctionMode):
         self.graph, self.env, self.alive = fx.Graph(), {}, []
         self.values: dict[fx.Node, Any] = {}
         self.raw: dict[fx.Node, Tensor] = {}
-        self.collectives: list[str] = []
+        self.exchanges: list[tuple[str, dist.ProcessGroup]] = []
         self.paused = 0
         self.names = {id(t): n for n, t in (*owner.named_parameters(), *owner.named_buffers())}
         self.plain = {id(t): n for n, t in _attributes(owner).items()}
@@ -148,11 +151,13 @@ class _Recorder(TorchFunctionMode):
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self.env[id(tensor)] = node
         self.alive.append(tensor)  # an id is unique only while its object lives
-        self.raw[node] = tensor
+        self.raw[node] = getattr(tensor, "elem", tensor)  # of a result that is still on its way, where it will be
         self.values[node] = tensor if node.op == "get_attr" else tensor.detach().clone()
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that holds a tensor; one that nothing recorded made is a parameter, a buffer or a constant."""
+        if id(tensor) not in self.env and id(getattr(tensor, "elem", None)) in self.env:
+            return self.env[id(tensor.elem)]  # type: ignore[attr-defined]  # a result that is still on its way
         if id(tensor) not in self.env:
             path = self.names.get(id(tensor)) or self.plain.get(id(tensor))
             with self.graph.inserting_after(self.inputs[-1] if self.inputs else None):  # type: ignore[arg-type]
@@ -197,7 +202,9 @@ class _Recorder(TorchFunctionMode):
             self._emit("call_function", operator.setitem, args, kwargs, None)
             self._bind(args[0], next(reversed(self.graph.nodes)))
         elif any(isinstance(t, Tensor) for t in pytree.tree_leaves(out)):
-            self._emit(*_target(func, name, args), kwargs, out)
+            node = self._emit(*_target(func, name, args), kwargs, out)
+            if str(func).startswith("_c10d_functional"):
+                node.meta["exchange"] = name
         return out
 
     @contextlib.contextmanager
@@ -206,25 +213,45 @@ class _Recorder(TorchFunctionMode):
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             run = plain_apply.__get__(None, cls)
-            return run(*args, **kwargs) if self.paused else self._opaque("call_function", cls.apply, run, args, kwargs)
+            if self.paused:
+                return run(*args, **kwargs)
+            if cls.__name__ == "_ToTorchTensor" and (path := self.names.get(id(args[0]))):
+                return self._own_part(path, run, args, kwargs)
+            return self._opaque("call_function", cls.apply, run, args, kwargs)
 
         for module, path in leaves.items():
             module.forward = self._leaf(module, path)
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
-        import torch.distributed as dist
-
-        plain = {n: getattr(dist, n) for n in _COLLECTIVES if hasattr(dist, n)}
-        for name, function in plain.items():
-            setattr(dist, name, self._collective(name, function))
         try:
-            with self:
+            with noticed(self._exchanged), self:
                 yield
         finally:
             torch.autograd.Function.apply = plain_apply
-            for name, function in plain.items():
-                setattr(dist, name, function)
             for module in leaves:
                 del module.forward
+
+    def _own_part(self, path: str, run: Any, args: Any, kwargs: Any) -> Any:
+        """What this rank holds of a distributed parameter: a parameter like any other."""
+        self.paused += 1
+        try:
+            out = run(*args, **kwargs)
+        finally:
+            self.paused -= 1
+        node = self.graph.create_node("get_attr", path)
+        node.meta |= {"parameter": path, "foreign": False}
+        self._bind(out, node)
+        return out
+
+    def _exchanged(self, name: str, group: dist.ProcessGroup, args: tuple) -> None:
+        self.exchanges.append((name, group))
+        written = [t for t in pytree.tree_leaves(args[:1]) if isinstance(t, Tensor) and id(t) in self.env]
+        if self.paused or not written:  # inside of something that is one node
+            return
+        for tensor in written:
+            given = pytree.tree_map(lambda t: self.node_of(t) if isinstance(t, Tensor) else None, args[:2])
+            node = self.graph.call_function(getattr(dist, name, dist.all_to_all_single), given)
+            node.meta |= {"exchange": name, "no_grad": True, "source": _source()}
+            self._bind(tensor, node)
 
     def _leaf(self, module: nn.Module, path: str) -> Any:
         run = module.forward
@@ -238,25 +265,15 @@ class _Recorder(TorchFunctionMode):
 
     def _opaque(self, op: str, target: Any, run: Any, args: Any, kwargs: Any) -> Any:
         self.paused += 1
+        before = len(self.exchanges)
         try:
             out = run(*args, **kwargs)
-            self._emit(op, target, args, kwargs, out)
+            node = self._emit(op, target, args, kwargs, out)
         finally:
             self.paused -= 1
+        if len(self.exchanges) > before:
+            node.meta["exchange"] = self.exchanges[before][0]
         return out
-
-    def _collective(self, name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            import torch.distributed as dist
-
-            size = dist.get_world_size(kwargs.get("group"))
-            self.collectives.append(f"{name} over {size} ranks" if size > 1 else name)
-            return function(*args, **kwargs)
-
-        return call
-
-
-_COLLECTIVES = ("all_to_all_single", "all_to_all", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
 
 
 def _target(func: Any, name: str, args: Any) -> tuple[str, Any, Any]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from ultraep_compile.ladder.recording import Recording
 from ultraep_compile.passes.lift.nodes import CASTS, VIEWS, op_name
 from ultraep_compile.passes.lift.rules.products import PRODUCTS
 from ultraep_compile.passes.lift.values import Refusal
+
+if TYPE_CHECKING:
+    from ultraep_compile.ladder.recording import Recording
 
 ALL = -1
 """In place of an expert's number: the weights of all experts."""
@@ -225,6 +227,30 @@ def code_of(recording: Recording, parts: Parts, region: Region, rows: int) -> tu
         return memo[node]
 
     return code(region.end)
+
+
+def places(recording: Recording, parts: Parts) -> dict[fx.Node, Any]:
+    """A name for every node that is the same in another rank's recording: its place from the start; behind the first node of
+    an expert, where the data may lead ranks apart, its place from the end; a parameter's path.
+    """
+    called = [n for n in recording.graph.nodes if n.op != "get_attr"]
+    turn = next((i for i, n in enumerate(called) if parts.label[n]), len(called))
+    out: dict[fx.Node, Any] = {n: i if i < turn else i - len(called) for i, n in enumerate(called)}
+    return out | {n: str(n.target) for n in recording.graph.nodes if n.op == "get_attr"}
+
+
+def between_exchanges(recording: Recording) -> set[str]:
+    """Parameters whose data has come from other ranks and goes back to them: those of experts, however they are held."""
+    flow = nx.DiGraph((a, n) for n in recording.graph.nodes for a in n.all_input_nodes)
+    exchanges = [n for n in recording.graph.nodes if "all_to_all" in n.meta.get("exchange", "") and n in flow]
+    after = set().union(*(nx.descendants(flow, n) for n in exchanges))
+    before = set().union(*(nx.ancestors(flow, n) for n in exchanges))
+    held = {n: n.meta["parameter"] for n in recording.graph.nodes if n.meta.get("parameter")}
+    for node in recording.graph.nodes:
+        if _is_view(node) and len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in held:
+            held[node] = held[node.all_input_nodes[0]]
+    inside = [n for n in recording.graph.nodes if n in after and n in before and n not in held]
+    return {held[a] for n in inside for a in n.all_input_nodes if a in held}
 
 
 def row_count(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.graph_module import _forward_from_src
+from torch.distributed.tensor import DTensor
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -25,6 +26,7 @@ from ultraep_compile.ladder.regions import Parts
 from ultraep_compile.ladder.routing import Routing, Sources
 from ultraep_compile.ladder.rows import RowFunction
 from ultraep_compile.ladder.sizes import size_function
+from ultraep_compile.ladder.together import local
 from ultraep_compile.passes.lift.nodes import functional_target
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -51,10 +53,13 @@ class Replay:
         rows: RowFunction,
         inside: bool,
         lifted_rows: Callable,
+        experts: int,
     ) -> None:
         first = recordings[0]
         self.a, self.others, self.parts, self.routing, self.sources, self.rows = first, recordings[1:], parts, routing, sources, rows
         self.inside, self.lifted_rows = inside, lifted_rows
+        self.experts = experts
+        """Of all ranks; `parts` has those of this one."""
         self.order = {n: i for i, n in enumerate(first.graph.nodes)}
         self.graph = fx.Graph()
         self.module = self.graph.placeholder("module")
@@ -117,6 +122,9 @@ class Replay:
         seen: set[fx.Node] = set()
         todo = list(starts)
         writes = [n for n in a.graph.nodes if n.op.startswith("call") and functional_target(n)[0] and n.args]
+        kept = {b.untyped_storage().data_ptr() for b in a.owner.buffers()}
+        memory = lambda x: a.raw[x].untyped_storage().data_ptr() if x in a.raw else None  # noqa: E731
+        todo += [w for w in writes if memory(w.args[0]) in kept and not self.parts.label[w]]  # what the module counts
         while todo:
             node = todo.pop()
             if node in seen:
@@ -131,7 +139,35 @@ class Replay:
                 if write not in seen and self._touches(write, node) and write is not routing.output:
                     todo.append(write)
         refuse_foreign([n for n in seen if n is not routing.output])
+        self._refuse_exchanges(seen)
         return sorted(seen, key=self.order.__getitem__)
+
+    def _refuse_exchanges(self, wanted: set[fx.Node]) -> None:
+        found = next((n for n in self.a.graph.nodes if n in wanted and "exchange" in n.meta), None)
+        if found is None:
+            return
+        name = found.meta["exchange"]
+        kept = [p for p, n in self.a.stored.items() if n in wanted and n is not found and self._comes_from(n, found)]
+        if kept:
+            raise Refusal(
+                f"it keeps {', '.join(kept)} in the module, made from what {name} brought. Keep that in a local variable, or in an object "
+                "that is no module"
+            )
+        raise Refusal(
+            f"what it does beside its experts depends on {name} ({found.meta.get('source', '')}), which a new forward cannot repeat. "
+            "Compute it from this rank's tensors, or behind the layer"
+        )
+
+    def _comes_from(self, node: fx.Node, source: fx.Node) -> bool:
+        todo, seen = [node], set()
+        while todo:
+            at = todo.pop()
+            if at is source:
+                return True
+            if at not in seen and at is not self.routing.output:
+                seen.add(at)
+                todo += at.all_input_nodes
+        return False
 
     def _touches(self, write: fx.Node, reader: fx.Node) -> bool:
         """Does a write reach memory that a later reader looks at?"""
@@ -151,15 +187,28 @@ class Replay:
             self.attributes[path] = self.graph.call_function(getattr, (self._attribute(parent), name))
         return self.attributes[path]
 
+    def _detached(self, new: Any, recorded: Any) -> Any:
+        is_float = isinstance(recorded, fx.Node) and recorded in self.a.raw and self.a.raw[recorded].is_floating_point()
+        return self.graph.call_method("detach", (new,)) if is_float else new
+
+    def _held(self, path: str) -> fx.Node:
+        """A parameter; of a distributed one, what this rank holds."""
+        node = self._attribute(path)
+        is_distributed = isinstance(operator.attrgetter(path)(self.a.owner), DTensor)
+        return self.graph.call_method("to_local", (node,)) if is_distributed else node
+
     def _copy(self, node: fx.Node, other: _Twins) -> fx.Node:
         if node.op == "get_attr":
-            return self._attribute(str(node.target))
+            is_part = node.meta.get("parameter") and not isinstance(self.a.raw[node], DTensor)
+            return self._held(str(node.target)) if is_part else self._attribute(str(node.target))
         twins = [pairs[node] for pairs in other]
         args = _each(self._value, node.args, *(t.args for t in twins))
         kwargs = _each(self._value, dict(node.kwargs), *(dict(t.kwargs) for t in twins))
         if node.op == "call_module":
             new = self.graph.call_function(invoke, (self._attribute(str(node.target)), *args), kwargs)
         else:
+            if node.meta.get("no_grad") and functional_target(node)[0]:  # a buffer must not become part of the graph
+                args = [args[0], *(self._detached(a, b) for a, b in zip(args[1:], node.args[1:], strict=True))]
             new = self.graph.create_node(node.op, node.target, tuple(args), kwargs)
         if node.meta.get("no_grad") and node in self.a.raw and self.a.raw[node].is_floating_point():
             new = self.graph.call_method("detach", (new,))
@@ -182,7 +231,7 @@ class Replay:
         for count in (1, 2, 3):
             for some in itertools.combinations(self.sizes, count):
                 totals = tuple(math.prod(s[0][i] for s in some) for i in range(len(values)))
-                if (found := size_function(values, totals, self.parts.experts)) is not None:
+                if (found := size_function(values, totals, self.experts)) is not None:
                     return found.write(self.graph, self._product(some))
         raise Refusal(
             f"the forward computes the size {values[0]} for one batch and {next(v for v in values if v != values[0])} for another, "
@@ -199,7 +248,8 @@ class Replay:
         raw = self.a.raw
         width = raw[routing.table].shape[-1]
         hidden = g.call_method("reshape", (self.env[routing.table], (-1, width)))
-        experts = self.parts.experts
+        rows = hidden if raw[self.rows.rows].dtype == raw[routing.table].dtype else g.call_method("to", (hidden, raw[self.rows.rows].dtype))
+        experts = self.experts
         mask = None
         if s.ids is None:
             ids = None
@@ -209,9 +259,9 @@ class Replay:
             mask = g.call_method("sum", (hot, -1))
         elif s.ids_form == "sizes":
             numbers = g.call_function(torch.arange, (experts,), {"device": g.call_function(getattr, (hidden, "device"))})
-            rows = g.call_method("size", (hidden, 0))
+            count = g.call_method("size", (hidden, 0))
             counts = g.call_method("to", (self.env[s.ids], torch.int64))
-            ids = g.call_function(torch.repeat_interleave, (numbers, counts), {"output_size": rows})
+            ids = g.call_function(torch.repeat_interleave, (numbers, counts), {"output_size": count})
             ids = g.call_method("unsqueeze", (ids, 1))
         else:
             ids = g.call_method("to", (g.call_method("reshape", (self.env[s.ids], (-1, s.choices))), torch.int64))
@@ -242,7 +292,7 @@ class Replay:
         params = [self._stacked(role) for role in self.rows.roles]
         consts = [self.env[c] if c in self.env else self._copy(c, other) for c in self.rows.consts]
         inner = weight if self.inside else None
-        y = g.call_function(self.lifted_rows, (hidden, ids, inner, params, consts))
+        y = g.call_function(self.lifted_rows, (rows, ids, inner, params, consts))
         made = raw[routing.output]
         y = g.call_method("reshape", (y, (-1, s.choices, made.shape[-1])))
         if weight is not None and not self.inside:
@@ -259,9 +309,10 @@ class Replay:
         names = self.parts.holders[role]
         if len(names) > 1:
             return self.graph.call_function(stack_experts, (self.module, [self._attribute(n) for n in names]))
-        node = self._attribute(names[0])
+        parameter = self.a.owner.get_parameter(names[0])
+        node = self._held(names[0])
         shape = (self.parts.experts, *self.rows.layouts[role])
-        whole = tuple(self.a.owner.get_parameter(names[0]).shape)
+        whole = tuple(local(parameter).shape)
         if whole == shape:
             return node
         if whole[1:] == shape[1:]:  # more blocks than experts

@@ -7,16 +7,21 @@ searched for those that say the same: expert ids [T, K] and routing weights [T, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from ultraep_compile.ladder.recording import Recording
-from ultraep_compile.ladder.regions import Parts, row_count
+from ultraep_compile.ladder.regions import Parts, places, row_count
 from ultraep_compile.passes.lift.values import Refusal
+
+if TYPE_CHECKING:
+    from ultraep_compile.ladder.recording import Recording
+    from ultraep_compile.ladder.together import Ranks
 
 _MOST_OUTPUTS = 8
 """Tensors to try as the sum of the experts' outputs."""
@@ -33,7 +38,7 @@ class Missed(Refusal):
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Rows of the experts' inputs and outputs, all experts one after the other."""
+    """Rows of the experts' inputs and outputs, all experts one after the other, on all ranks that share them."""
 
     inputs: Tensor
     """[S, D_in]"""
@@ -47,6 +52,17 @@ class Slots:
     """Every expert has equally many rows, whatever the routing."""
     mixed: bool
     """A row depends on several tokens."""
+
+    def of_all(self, ranks: Ranks, here: int) -> Slots:
+        """With those of the other ranks; each has `here` experts, and they are numbered by rank."""
+        if ranks.size == 1:
+            return self
+        device = self.inputs.device
+        parts = [self.inputs, self.outputs, self.expert + ranks.rank * here, *([] if self.inner is None else [self.inner])]
+        every = [[p.to(device) for p in theirs] for theirs in ranks.every([p.detach().cpu() for p in parts])]
+        whole = [torch.cat(same) for same in zip(*every, strict=True)]
+        fixed = all(ranks.every(self.fixed)) and len(set(ranks.every(len(self.inputs)))) == 1
+        return Slots(whole[0], whole[1], whole[2], whole[3] if self.inner is not None else None, fixed, self.mixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +105,32 @@ class Sources:
     """Ids hold pairs that are not sent: their weight is 0."""
 
 
-def measure(recording: Recording, parts: Parts, table_like: int, slots: Slots, experts: int) -> list[Routing]:
+def measure(
+    recording: Recording, parts: Parts, table_like: int, slots: Slots, experts: int, ranks: Ranks
+) -> list[Routing]:
     """Find the token table, the output, and the factors between; several ways where several tensors are such sums.
 
     Args:
         table_like: number of tokens.
+        ranks: measured is where this rank's tokens go and come from; that all ranks found the same tensors is made sure.
     """
-    table, owner, before = _token_of_slot(recording, parts, table_like, slots)
+    table, owner, before = _token_of_slot(recording, parts, table_like, slots, ranks)
+    found = ranks.agreed(lambda: _sums(recording, parts, table_like, slots, experts, table, owner, before))
+    if ranks.size == 1:
+        return found
+    where = places(recording, parts)
+    common = set.intersection(*ranks.every({(where[f.output], f.skip is None) for f in found}))
+    found = [f for f in found if (where[f.output], f.skip is None) in common]
+    choices = [max(column) for column in zip(*ranks.every([f.choices for f in found]), strict=True)]
+    if not found:
+        raise Refusal("the ranks find the sum of the experts' outputs in different tensors")
+    return [dataclasses.replace(f, choices=most) for f, most in zip(found, choices, strict=True)]
+
+
+def _sums(
+    recording: Recording, parts: Parts, table_like: int, slots: Slots, experts: int, table: fx.Node, owner: Tensor, before: Tensor
+) -> list[Routing]:
+    """Tensors that are weighted sums of the experts' outputs."""
     sent = torch.zeros(table_like, experts, dtype=torch.float64)
     full = owner >= 0
     sent[owner[full], slots.expert[full]] = before[full]
@@ -123,16 +158,46 @@ def measure(recording: Recording, parts: Parts, table_like: int, slots: Slots, e
     return found
 
 
-def _token_of_slot(recording: Recording, parts: Parts, tokens: int, slots: Slots) -> tuple[fx.Node, Tensor, Tensor]:
-    """(token table, token of each slot or -1, factor): every row of the experts' inputs is a multiple of a token's."""
-    rows = slots.inputs.double()
-    size = rows.norm(dim=1)
-    live = size > 0
+def _token_of_slot(
+    recording: Recording, parts: Parts, tokens: int, slots: Slots, ranks: Ranks
+) -> tuple[fx.Node, Tensor, Tensor]:
+    """(token table, this rank's token of each slot or -1, factor): every row of the experts' inputs is a multiple of a token's."""
+    live = slots.inputs.double().norm(dim=1) > 0
     if not bool(live.any()):
         raise Refusal("the experts read zeros only")
+    best = 0.0
+    if ranks.size == 1:
+        for node, is_token, owner, factor in _tables(recording, parts, tokens, slots, live):
+            best = max(best, float(is_token.double().mean()))
+            if bool(is_token.all()):
+                return node, owner, factor
+    else:  # a row comes from any rank's table
+        where = places(recording, parts)
+        mine = {where[n]: (n, is_token, owner, factor) for n, is_token, owner, factor in _tables(recording, parts, tokens, slots, live)}
+        every = ranks.every({place: found[1].cpu() for place, found in mine.items()})
+        for place in mine:
+            if all(place in theirs for theirs in every):
+                covered = torch.stack([theirs[place] for theirs in every]).any(0)
+                best = max(best, float(covered.double().mean()))
+                if bool(covered.all()):
+                    node, _, owner, factor = mine[place]
+                    return node, owner, factor
+    if slots.fixed and slots.mixed:
+        raise Unbalanceable(
+            "its experts read rows that mix several tokens, and each expert gets equally many whatever the routing: the loads are "
+            "equal by construction, there is nothing to balance"
+        )
+    raise Refusal(f"the rows that experts read are not rows of tokens (at best {best:.0%} of them are)")
+
+
+def _tables(
+    recording: Recording, parts: Parts, tokens: int, slots: Slots, live: Tensor
+) -> Iterator[tuple[fx.Node, Tensor, Tensor, Tensor]]:
+    """Tensors that may hold the tokens: which live slots have a row of theirs, of which token [S] (-1: none), times what [S]."""
+    rows = slots.inputs.double()
+    size = rows.norm(dim=1)
     unit = rows[live] / size[live, None]
     tolerance = _CLOSE.get(slots.inputs.dtype, 1e-4)
-    best = 0.0
     for node in recording.graph.nodes:
         value = recording.values.get(node)
         if value is None or parts.label[node] or node.op == "get_attr" or not value.is_floating_point() or value.dim() < 2:
@@ -143,20 +208,13 @@ def _token_of_slot(recording: Recording, parts: Parts, tokens: int, slots: Slots
         length = table.norm(dim=1)
         match = unit @ (table / length.clamp_min(1e-30)[:, None]).T
         cosine, token = match.max(1)
-        best = max(best, float((cosine > 1 - tolerance).double().mean()))
-        if bool((cosine > 1 - tolerance).all()):
-            owner = torch.full((len(rows),), -1, dtype=torch.int64)
-            owner[live] = token
-            factor = torch.zeros(len(rows), dtype=torch.float64)
-            factor[live] = size[live] / length[token]
-            near_one = (factor - 1).abs() < tolerance
-            return node, owner, torch.where(near_one, torch.ones_like(factor), factor)
-    if slots.fixed and slots.mixed:
-        raise Unbalanceable(
-            "its experts read rows that mix several tokens, and each expert gets equally many whatever the routing: the loads are "
-            "equal by construction, there is nothing to balance"
-        )
-    raise Refusal(f"the rows that experts read are not rows of tokens (at best {best:.0%} of them are)")
+        is_token = cosine > 1 - tolerance
+        owner = torch.full((len(rows),), -1, dtype=torch.int64)
+        owner[live] = torch.where(is_token, token, -1)
+        factor = torch.zeros(len(rows), dtype=torch.float64)
+        factor[live] = torch.where(is_token, size[live] / length[token], 0)
+        near_one = (factor - 1).abs() < tolerance
+        yield node, is_token, owner, torch.where(near_one, torch.ones_like(factor), factor)
 
 
 def _outputs(recording: Recording, parts: Parts, tokens: int, width: int) -> Iterator[fx.Node]:
@@ -234,6 +292,18 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
     if routing.choices < experts and routing.skip is None:
         for weight, weight_form, factor in _weights(recording, parts, routing, None, weights, experts):
             yield Sources(None, "", weight, weight_form, factor, routing.choices, False)
+
+
+def common_sources(found: list[Sources], recording: Recording, parts: Parts, ranks: Ranks) -> list[Sources]:
+    """Those that all ranks have found, alike on all of them. Pairs may be dropped on some of them only."""
+    where: dict[fx.Node | None, Any] = {**places(recording, parts), None: None}
+    mine = {(where[s.ids], s.ids_form, where[s.weight], s.weight_form, round(s.factor, 4), s.choices): s for s in found}
+    every = ranks.every({key: s.masked for key, s in mine.items()})
+    return [
+        dataclasses.replace(mine[key], masked=any(theirs[key] for theirs in every))
+        for key in every[0]
+        if all(key in theirs for theirs in every)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

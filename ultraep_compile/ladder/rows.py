@@ -21,6 +21,7 @@ from ultraep_compile.ladder.regions import ALL, Parts, Region, in_order, row_cou
 from ultraep_compile.passes.lift.markers import expert_mm, expert_take
 from ultraep_compile.passes.lift.nodes import CASTS, RESHAPES, functional_target, op_name
 from ultraep_compile.passes.lift.probe import ALONG_A_DIM
+from ultraep_compile.passes.lift.rules.products import GROUPED
 from ultraep_compile.passes.lift.values import Refusal
 
 
@@ -78,7 +79,7 @@ class _Writer:
         roles = list(dict.fromkeys(self.parts.parts[n].role for n in self._parts_read()))
         for role in roles:
             self.params[role] = self.graph.placeholder(f"param{len(self.params)}")
-        consts = [n for n in self.region.entries if n not in (rows, weight)]
+        consts = [n for n in self.region.entries if n not in (rows, weight) and n not in ends_of_groups(self.region)]
         for node in consts:
             self.consts[node] = self.graph.placeholder(f"const{len(self.consts)}")
         start: fx.Node = rows_in
@@ -105,7 +106,7 @@ class _Writer:
         rows, weights = [], []
         for node in self.region.entries:
             value = self.recording.raw[node]
-            if node.op == "get_attr" and not node.meta.get("foreign"):
+            if (node.op == "get_attr" and not node.meta.get("foreign")) or node in ends_of_groups(self.region):
                 continue
             if not value.is_floating_point() or row_count(value) != self.count or value.dim() < 2:
                 raise Refusal(f"an expert reads {_say(node)} {list(value.shape)}, which has not one row for each of its rows")
@@ -289,6 +290,11 @@ class _Writer:
         weight = args[1] if len(args) > 1 else kwargs.get("mat2", kwargs.get("other"))
         return self._product(node, args[0], node.args[0], weight, False, None)  # type: ignore[arg-type]
 
+    def grouped(self, node: fx.Node, args: tuple, kwargs: dict) -> _Rows:
+        if kwargs.get("bias") is not None or not any(p.expert == ALL for p in self.parts.parts.values()):
+            raise Refusal("a grouped product with a bias, or of less than all experts")
+        return self._product(node, args[0], node.args[0], args[1], False, None)  # type: ignore[arg-type]
+
     def addmm(self, node: fx.Node, args: tuple, kwargs: dict) -> _Rows:
         if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
             raise Refusal("a scaled addmm")
@@ -315,9 +321,18 @@ class _Writer:
 
 _PRODUCTS: dict[str, Callable[[_Writer, fx.Node, tuple, dict], _Rows]] = {
     "linear": _Writer.linear, "matmul": _Writer.matmul, "mm": _Writer.matmul, "bmm": _Writer.matmul,
-    "addmm": _Writer.addmm, "baddbmm": _Writer.addmm, "einsum": _Writer.einsum,
+    "addmm": _Writer.addmm, "baddbmm": _Writer.addmm, "einsum": _Writer.einsum, **dict.fromkeys(GROUPED, _Writer.grouped),
 }  # fmt: skip
+_OFFSETS = 2
+"""Place of the groups' ends among the arguments of a grouped product."""
 _DIM_ARGUMENT = {"chunk": 2, "split": 2, "glu": 1, "sum": 1, "mean": 1, "unbind": 1, "select": 1, "narrow": 1}
+
+
+def ends_of_groups(region: Region) -> set[fx.Node]:
+    """Tensors [E] that say where the rows of each expert end, as grouped products take them."""
+    products = [n for n in region.nodes if op_name(n) in GROUPED]
+    ends = [n.kwargs.get("offs", n.args[_OFFSETS] if len(n.args) > _OFFSETS else None) for n in products]
+    return {n for n in ends if isinstance(n, fx.Node)}
 
 
 def _leaves(arg: Any) -> list[Any]:

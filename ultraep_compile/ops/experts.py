@@ -39,6 +39,13 @@ class ExpertSite:
     sharded: bool
     """At least one parameter holds this rank's experts only (with a group)."""
     program: RowProgram
+    summed: bool = False
+    """Gradients of sharded parameters are those of the sum of the ranks' losses, as all-to-all gives them, not of their mean."""
+
+    @property
+    def mean_over(self) -> int:
+        """What the summed gradient of a sharded parameter is divided by."""
+        return 1 if self.summed else self.layout.ranks
 
     @property
     def transport(self) -> Transport:
@@ -61,6 +68,10 @@ _sites: dict[str, ExpertSite] = {}
 def register_site(key: str, site: ExpertSite) -> None:
     """Make a site known to the op. The key must name the content: compiled graphs outlive the process that made them."""
     _sites[key] = site
+
+
+def site_of(key: str) -> ExpertSite:
+    return _sites[key]
 
 
 @dataclass(slots=True)
@@ -253,7 +264,7 @@ def _to_owner(
 ) -> Tensor:
     """Gradient of one parameter from the gradients of its masters and slots.
 
-    Sharded: the owner's share of the gradient of the mean of the ranks' losses. Not sharded: this process's own part,
+    Sharded: the owner's share of the gradient of the mean (or sum) of the ranks' losses. Not sharded: this process's own part,
     which averaging over the ranks (DDP) turns into the same.
     """
     started = time.perf_counter()
@@ -261,7 +272,7 @@ def _to_owner(
     if not isinstance(transport, CollectiveTransport):
         grad = transport.reduce_slots(grad_masters, grad_slots, slot_expert_RS, layout)
     elif not is_whole or layout.ranks == 1:
-        grad = transport.reduce_slots(grad_masters, grad_slots, slot_expert_RS, layout) / layout.ranks
+        grad = transport.reduce_slots(grad_masters, grad_slots, slot_expert_RS, layout) / site.mean_over
     else:
         grad = grad_masters.new_zeros(layout.experts, *grad_masters.shape[1:])
         here = transport.rank * layout.masters

@@ -351,9 +351,8 @@ def _to_owners(call: _Call, grad_masters: list[Tensor], grad_slots: list[Tensor]
             out[i] = grad_masters[i]
     for i, grad in zip(travelling, _reduce(call, travelling, grad_masters, grad_slots), strict=True):
         out[i] = grad
-    ranks = call.site.layout.ranks
     scaled = [
-        g if is_whole(call.site, p) or not g.dtype.is_floating_point else g.div_(ranks)
+        g if is_whole(call.site, p) or not g.dtype.is_floating_point else g.div_(call.site.mean_over)
         for g, p in zip(out, call.params, strict=True)
     ]
     return [call.refuse(g.contiguous()) for g in scaled]
