@@ -94,6 +94,7 @@ class Gshard(nn.Module):
         self.gate = TopTwoGate(world * each, capacity_factor)
         torch.manual_seed(100 + rank)
         self.experts = nn.ModuleList(feed_forward() for _ in range(each))
+        assert dist.group.WORLD is not None
         self.group, self.world, self.each = dist.group.WORLD, world, each
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,8 +151,9 @@ class GroupedExperts(StackedExperts):
         ends = counts.cumsum(0).to(torch.int32)
         w1, w2, w3 = (w.bfloat16().transpose(-2, -1) for w in self.weights())
         x = rows.bfloat16()
-        a = F.silu(torch._grouped_mm(x, w1, offs=ends)) * torch._grouped_mm(x, w3, offs=ends)
-        return torch._grouped_mm(a, w2, offs=ends).type_as(rows)
+        product = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
+        a = F.silu(product(x, w1, offs=ends)) * product(x, w3, offs=ends)
+        return product(a, w2, offs=ends).type_as(rows)
 
 
 class Sorted(nn.Module):
@@ -184,7 +186,7 @@ class Sorted(nn.Module):
         h = x.reshape(-1, WIDTH)
         w, ids, counts = self.router(h, self.expert_bias)
         with torch.no_grad():
-            self.tokens_per_expert.add_(counts)
+            self.get_buffer("tokens_per_expert").add_(counts)
         order = torch.argsort(ids.view(-1), stable=True)
         token = order // TOP_K
         rows = self.exchanged(h[token], counts.long())
@@ -272,7 +274,7 @@ class Unlike(Gshard):
         super().__init__(rank, world, each)
         if rank == 1:
             for expert in self.experts:
-                expert[1] = nn.ReLU()
+                expert.register_module("1", nn.ReLU())
 
 
 class AcrossRows(Gshard):

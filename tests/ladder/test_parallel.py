@@ -34,6 +34,7 @@ def _step(call, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     counted = {n: b.clone() for n, b in model.named_buffers()}
     for buffer in model.buffers():
         buffer.zero_()
+    assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **grads, **counted}
 
 

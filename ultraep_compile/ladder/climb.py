@@ -228,6 +228,8 @@ def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[
             return
     if verdict is None and first.stacked and (source := _routed(model, first, levels, calls)):
         verdict = Missed(f"{plain or 'its forward was not understood'}; the router's choice meets its weights at {source}")
+    if verdict is None and home is not None:  # weights that meet rows of other ranks: experts beyond doubt
+        verdict = plain or Missed("its forward was not understood")
     if verdict is not None:
         rung = "unbalanceable" if isinstance(verdict, Unbalanceable) else "missed"
         for each in alike:

@@ -240,7 +240,10 @@ def places(recording: Recording, parts: Parts) -> dict[fx.Node, Any]:
 
 
 def between_exchanges(recording: Recording) -> set[str]:
-    """Parameters whose data has come from other ranks and goes back to them: those of experts, however they are held."""
+    """Parameters whose data has come from other ranks and goes back to them: those of experts, however they are held.
+
+    Only where a matrix is among them: attention that exchanges heads has norms there.
+    """
     flow = nx.DiGraph((a, n) for n in recording.graph.nodes for a in n.all_input_nodes)
     exchanges = [n for n in recording.graph.nodes if "all_to_all" in n.meta.get("exchange", "") and n in flow]
     after = set().union(*(nx.descendants(flow, n) for n in exchanges))
@@ -250,7 +253,8 @@ def between_exchanges(recording: Recording) -> set[str]:
         if _is_view(node) and len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in held:
             held[node] = held[node.all_input_nodes[0]]
     inside = [n for n in recording.graph.nodes if n in after and n in before and n not in held]
-    return {held[a] for n in inside for a in n.all_input_nodes if a in held}
+    read = {a for n in inside for a in n.all_input_nodes if a in held}
+    return {held[a] for a in read} if any(recording.raw[a].dim() >= 2 for a in read) else set()
 
 
 def row_count(tensor: Tensor) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph_module import _forward_from_src
 from torch.distributed.tensor import DTensor
+from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -147,7 +147,7 @@ class Replay:
         if found is None:
             return
         name = found.meta["exchange"]
-        kept = [p for p, n in self.a.stored.items() if n in wanted and n is not found and self._comes_from(n, found)]
+        kept = [p for p, n in self.a.stored.items() if self._comes_from(n, found)]
         if kept:
             raise Refusal(
                 f"it keeps {', '.join(kept)} in the module, made from what {name} brought. Keep that in a local variable, or in an object "
@@ -159,15 +159,13 @@ class Replay:
         )
 
     def _comes_from(self, node: fx.Node, source: fx.Node) -> bool:
-        todo, seen = [node], set()
+        todo, seen = [node], set[fx.Node]()
         while todo:
             at = todo.pop()
-            if at is source:
-                return True
             if at not in seen and at is not self.routing.output:
                 seen.add(at)
                 todo += at.all_input_nodes
-        return False
+        return source in seen
 
     def _touches(self, write: fx.Node, reader: fx.Node) -> bool:
         """Does a write reach memory that a later reader looks at?"""

@@ -1,0 +1,143 @@
+"""What one recorded forward says of its experts: their regions, row function, slots and routing, and where weights are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ultraep_compile.ladder.recording import Recording
+from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, region_to, row_count
+from ultraep_compile.ladder.routing import Missed, Routing, Slots, Unbalanceable, judge, measure
+from ultraep_compile.ladder.rows import RowFunction, ends_of_groups, row_function
+from ultraep_compile.ladder.together import Ranks
+from ultraep_compile.passes.lift.values import Refusal
+
+
+@dataclass(slots=True)
+class Analysis:
+    """One way to understand a recording."""
+
+    parts: Parts
+    routing: Routing
+    slots: Slots
+    rows: RowFunction
+    scaled: bool
+    weights: Tensor
+
+
+def analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> list[Analysis]:
+    """Regions, the cut where the experts' output stands, slots, tokens and factors."""
+    present = sorted(parts.present)
+
+    def ends_of_all() -> dict[int, list[fx.Node]]:
+        if not present or (ALL not in present and len(present) < 2 and ranks.size == 1):
+            raise Refusal(f"{len(present)} experts ran on the probe batch, expected several")
+        return {e: ends_of(recording, parts, e) for e in present}
+
+    ends = ranks.agreed(ends_of_all)
+    problem = Refusal("its experts' computations end in no common tensor")
+    for position in range(min(ranks.every(min(map(len, ends.values()))))):
+        try:
+            return _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present}, ranks)
+        except Unbalanceable:
+            raise
+        except Refusal as reason:
+            if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
+                problem = reason
+    counts = {row_count(recording.raw[all_ends[0]]) for all_ends in ends.values() if all_ends}
+    raise problem if max(ranks.every(len(counts))) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
+
+
+def _cut_at(
+    recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node], ranks: Ranks
+) -> list[Analysis]:
+    def cut() -> tuple[dict[int, Region], dict[int, RowFunction], Slots]:
+        regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
+        codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
+        if len(set(codes.values())) > 1:
+            first = next(iter(codes))
+            other = next(e for e in codes if codes[e] != codes[first])
+            raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
+        plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
+        return regions, plain, _slots(recording, parts, regions, plain, ranks)
+
+    regions, plain, slots = ranks.agreed(cut)
+    slots = slots.of_all(ranks, parts.experts)
+    experts = parts.experts * ranks.size
+    try:
+        routings = measure(recording, parts, tokens, slots, experts, ranks)
+    except Unbalanceable:
+        raise
+    except Refusal as reason:
+        raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
+    ranks.agreed(lambda: judge(routings[0]))
+    region, rows = next(iter(regions.values())), next(iter(plain.values()))
+    found = [_weighed(recording, parts, region, rows, slots, r, ranks) for r in routings]
+    if len(set(ranks.every(found[0].rows.module.code))) > 1:
+        raise Missed("experts of different ranks do not compute the same with their weights")
+    return found
+
+
+def _weighed(
+    recording: Recording, parts: Parts, region: Region, rows: RowFunction, slots: Slots, routing: Routing, ranks: Ranks
+) -> Analysis:
+    """Where the routing weights are used: on rows before the experts, inside, or on what comes out."""
+    before, after, sent = routing.before, routing.after, routing.sent
+    weighs_before = any(ranks.every(bool(((before[sent] - 1).abs() > 1e-4).any())))
+    weighs_after = any(ranks.every(bool(((after[sent] - 1).abs() > 1e-4).any())))
+    if weighs_before + weighs_after + (rows.weight is not None) > 1:
+        raise Refusal("rows are weighted twice, before and after the experts")
+    if weighs_before:
+        return Analysis(parts, routing, slots, row_function(recording, parts, region, scaled=True), True, before)
+    if rows.weight is not None:
+        assert slots.inner is not None
+        inner, live = torch.zeros_like(before), routing.owner >= 0
+        inner[routing.owner[live], slots.expert[live]] = slots.inner.double()[live]
+        return Analysis(parts, routing, slots, rows, True, inner)
+    return Analysis(parts, routing, slots, rows, False, after)
+
+
+def _slots(
+    recording: Recording, parts: Parts, regions: dict[int, Region], functions: dict[int, RowFunction], ranks: Ranks
+) -> Slots:
+    inputs, outputs, experts, inner, counts = [], [], [], [], set()
+    for expert, region in regions.items():
+        x, y = recording.values[functions[expert].rows], recording.values[region.end]
+        n = row_count(y)
+        ends = ends_of_groups(region)
+        if ends:
+            last = recording.values[next(iter(ends))].long()
+            n = int(last[-1])  # what is behind belongs to no expert
+            number = torch.searchsorted(last, torch.arange(n), right=True)
+        elif expert == ALL:
+            axis = [d for d in range(x.dim() - 1) if x.shape[d] == parts.experts]
+            if not axis:
+                raise Refusal(f"the experts' input {list(x.shape)} has no dim of {parts.experts} experts")
+            shape = [1] * (x.dim() - 1)
+            shape[axis[0]] = parts.experts
+            number = torch.arange(parts.experts).view(shape).expand(x.shape[:-1]).reshape(-1)
+        else:
+            number = torch.full((n,), expert)
+        counts.add(n)
+        if (weight := functions[expert].weight) is not None:
+            inner.append(recording.values[weight].reshape(-1)[:n])
+        inputs.append(x.reshape(row_count(y), -1)[:n])
+        outputs.append(y.reshape(row_count(y), -1)[:n])
+        experts.append(number)
+    fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
+    fixed = fixed and not any(map(ends_of_groups, regions.values()))
+    mixed = ranks.size == 1 and _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
+    return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), torch.cat(inner) if inner else None, fixed, mixed)
+
+
+def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
+    """Does one row of the experts' input depend on several tokens, however they were routed?"""
+    states = next((recording.raw[n] for n in recording.inputs if recording.raw[n].is_floating_point()), None)
+    if states is None or not rows.requires_grad or not states.requires_grad:
+        return False
+    row = rows.reshape(row_count(rows), -1)[0]
+    direction = torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(row)
+    (grad,) = torch.autograd.grad((row * direction).sum(), states, allow_unused=True, retain_graph=True)
+    return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
