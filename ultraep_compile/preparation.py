@@ -26,6 +26,9 @@ def prepare(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] 
     * Experts that a compiler still could not see (loops, capacity buffers, dense products) are lifted: the forward of
       their module is replaced under compilers, after outputs and gradients agreed with eager on probe batches.
 
+    Layers that divide their experts over processes by an all-to-all of their own are lifted over these: every process of the
+    group must call this alike, each with its own tokens, before `fully_shard` or DDP wraps the model.
+
     Args:
         example_inputs: keyword arguments (mapping) or positional arguments (tuple, list) of one forward; None does the
           first step only.

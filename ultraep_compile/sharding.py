@@ -106,6 +106,7 @@ def shard_experts(
             f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}. Pass the one-dimensional expert mesh, e.g. mesh['ep']."
         )
     prepare(model, example_inputs)
+    _refuse_divided(model)
     layers, stacks = _what_to_divide(model)
     if not (layers or stacks) and example_inputs is None and _bring_own_inputs(model):
         layers, stacks = _what_to_divide(model)
@@ -133,6 +134,15 @@ def shard_experts(
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # pyright: ignore[reportArgumentType]
     return model
+
+
+def _refuse_divided(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if (layer := lifted_layer(module)) is not None and layer.facts.ranks > 1:
+            raise ShardingError(
+                f"{path or type(module).__name__} divides its experts over {layer.facts.ranks} ranks by itself, and is balanced over these: "
+                "leave shard_experts out and compile the model with backend='ultraep'."
+            )
 
 
 def _what_to_divide(model: nn.Module) -> tuple[list[_Layer], list[_Stack]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from tests import forms_parallel
 from tests.balancing import backend
 from tests.multirank import run_ranks
-from ultraep_compile import explain
+from ultraep_compile import explain, shard_experts
+from ultraep_compile.errors import ShardingError
 from ultraep_compile.ladder.install import lifted_layer
 from ultraep_compile.report import collect_reports
 
@@ -51,6 +53,8 @@ def _equal_to_itself(rank: int, world: int, each: int, names: tuple[str, ...]) -
             buffer.zero_()
         again = _step(model, model, batches[0])
         assert all(torch.equal(again[n], t) for n, t in eager[0].items()), "eager mode runs the module's own forward"
+        with pytest.raises(ShardingError, match=f"divides its experts over {world} ranks by itself"):
+            shard_experts(model, init_device_mesh("cpu", (world,)))
         facts: dict = {"found": found.to_json()["moe_sites"], "coverage": found.to_json()["coverage"], "worst": {}, "bits": []}
         results = {}
         for planner in ("quota", "none") if name == names[0] else ("quota",):
