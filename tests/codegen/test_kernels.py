@@ -138,6 +138,7 @@ class TestOnDevice:
         with pytest.raises(RoutingError, match="token 3, expert 5"):
             late_checks.check_later(ids, scores, 8, "layer")
 
+    @pytest.mark.xdist_group("memory")
     def test_grouped_products_past_two_to_the_31(self) -> None:
         """Rows and weights whose last elements lie past 2^31."""
         from tests.codegen.grouped_cases import close

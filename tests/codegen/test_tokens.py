@@ -129,6 +129,7 @@ class TestOnDevice:
         monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         run_ranks(3, exchange_rows, "cuda", 100, 40)
 
+    @pytest.mark.xdist_group("memory")
     def test_past_2_to_the_31_elements(self) -> None:
         """A buffer of 2^31 words and more, over 131080 tokens: the ends are right."""
         tokens, choices, width = 131080, 8, 4096

@@ -156,6 +156,7 @@ class TestOnDevice:
             for mode in ("direct", "relay", "adaptive"):
                 check_routes(bundle, cases.random_plan(ranks, masters, slots, seed, hot=0.6), mode, "cuda")
 
+    @pytest.mark.xdist_group("memory")
     def test_past_two_to_the_31(self) -> None:
         from tests.data_plane.interpreted import check_edge
 
