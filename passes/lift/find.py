@@ -12,6 +12,7 @@ from ultraep_compile.passes.lift.anchors import anchor_params, feeds_product, fi
 from ultraep_compile.passes.lift.called import called_sites
 from ultraep_compile.passes.lift.cut import cut
 from ultraep_compile.passes.lift.gating import find_gating
+from ultraep_compile.passes.lift.id_range import id_bound
 from ultraep_compile.passes.lift.lifter import Lifter, Stale
 from ultraep_compile.passes.lift.nodes import GraphFacts, module_path, op_name, source_line
 from ultraep_compile.passes.lift.region import check_region, data_nodes, region_of
@@ -108,7 +109,8 @@ def _site(facts: GraphFacts, name: str, lift: Lifter, anchors: list[fx.Node]) ->
     experts = _fixed(lift.sizes[Dim.EXPERT], "number of experts")
     gating = find_gating(facts, lift.ids, halves.weight, experts)
     width = facts.shape(gating.scores)[-1] if gating.scores else experts
-    if lift.legal_ids_assumed and not same(width, experts):
+    bound = id_bound(facts, lift.ids)
+    if lift.legal_ids_assumed and not same(width, experts) and (bound is None or bound > experts):
         raise Refusal(f"{experts} experts, but a router of {width} choices: ids beyond the experts have a meaning")
     region = region_of(lift)
     return Site(
