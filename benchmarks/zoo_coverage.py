@@ -20,13 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests import forms, zoo, zoo_wide
+from tests import forms, zoo, zoo_moe, zoo_wide
 from ultraep_compile import explain
 
 
 def everything() -> dict[str, tuple[str, ...]]:
     return {
         "MoE families": zoo.FAMILIES + zoo.OTHERS + zoo_wide.LOOPS,
+        "more MoE families": tuple(zoo_moe.FAMILIES),
         "written by hand, traced": tuple(n for n in zoo.HANDWRITTEN if n != "GroupedUnsorted"),
         "written by hand, lifted": tuple(forms.LIFTED),
         "nothing to balance": tuple(forms.UNBALANCEABLE),
@@ -37,6 +38,8 @@ def everything() -> dict[str, tuple[str, ...]]:
 
 def build(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     known = forms.LIFTED | forms.UNBALANCEABLE | forms.NEGATIVES
+    if name in zoo_moe.FAMILIES:
+        return zoo_moe.build(name, "eager")  # the loop, which `prepare` replaces
     return forms.build(name) if name in known else zoo_wide.build(name)
 
 

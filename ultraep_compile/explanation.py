@@ -173,7 +173,7 @@ def _explanation(
 ) -> Explanation:
     sites: list[SiteReport] = []
     programs: dict[str, RowProgram] = {}
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    sizes = {n: p.numel() for n, p in model.named_parameters(remove_duplicate=False)}  # tied layers are layers, too
     held = lambda f: sum(sizes[n] for n in f.parameters) if f.rung == "lifted" else 0  # noqa: E731
     open_findings = [f for f in findings if f.rung in ("traced", "lifted")]
     done, beside = 0, 0

@@ -33,7 +33,8 @@ def find_gating(facts: GraphFacts, ids: fx.Node, weight: fx.Node | None, experts
     scores, between = _walk_back(facts, [ids], tokens, experts)
     if scores is None:
         selected = any(op_name(n) in _SELECTIONS for n in between)
-        return Gating("unknown" if selected or not between else "table", None)
+        by_table = not selected and any(_reads_table(facts, n) for n in between)
+        return Gating("table" if by_table else "unknown", None)
     weighing: Iterable[fx.Node] = ()
     if weight is not None:
         weighing = _walk_back(facts, [weight], tokens, experts, stop=scores)[1]
@@ -56,6 +57,12 @@ def _walk_back(
                 seen.add(source)
                 heapq.heappush(queue, (-facts.order[source], source))
     return None, path
+
+
+def _reads_table(facts: GraphFacts, node: fx.Node) -> bool:
+    """Does a node select from something that the model holds?"""
+    table = node.args[1] if op_name(node) == "embedding" and len(node.args) > 1 else node.args[0] if node.args else None
+    return op_name(node) in ("getitem", "index_select", "embedding", "gather", "take") and table in facts.held_by_modules
 
 
 def _is_scores(facts: GraphFacts, node: fx.Node, tokens: Iterable[Size], experts: int) -> bool:

@@ -186,7 +186,7 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
         for finding in _settle(model, alike, calls):
             findings.append(finding)
             settled |= set(finding.parameters)
-    order = {n: i for i, (n, _) in enumerate(model.named_parameters())}
+    order = {n: i for i, (n, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
 
 

@@ -1,0 +1,41 @@
+"""MoE families that nothing was designed for: every layer rewritten, with all its parameters, and equal to the model without us."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import zoo_moe
+from tests.balancing import assert_as_good_as_eager, compiled_step, oracle_step, step
+from ultraep_compile import explain
+
+QUICK = {("glm4_moe", "eager"), ("zaya", "batched_mm"), ("hunyuan_v1_moe", "grouped_mm")}
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+"""Of the experts, as transformers offers them: a loop, products over gathered weights, grouped products in bf16."""
+CASES = [
+    pytest.param(name, experts, id=f"{name}-{experts}", marks=() if (name, experts) in QUICK else pytest.mark.slow)
+    for name in zoo_moe.FAMILIES
+    for experts in IMPLEMENTATIONS
+]
+
+
+@pytest.mark.parametrize(("name", "experts"), CASES)
+def test_balanced_like_eager(name, experts):
+    family = zoo_moe.FAMILIES[name]
+    model, inputs = zoo_moe.build(name, experts)
+    dtype = next(model.parameters()).dtype
+    model(**inputs)
+    keys = list(model.state_dict())
+    eager, exact = step(model, model, inputs), oracle_step(model, inputs)
+    found = explain(model, inputs)
+    assert [s.status for s in found.moe_sites] == ["rewritten"] * family.sites, str(found)
+    assert {s.name for s in found.moe_sites} <= dict(model.named_modules()).keys()
+    assert found.rewritten_parameters == found.expert_parameters > 0
+    inner = "eager" if family.recurrent else "aot_eager"
+    ours, graphs = compiled_step(model, inputs, ranks=4, inner=inner)
+    plain, _ = compiled_step(model, inputs, ranks=4, inner=inner, planner="none")
+    assert sum(len(g.prepared) for g in graphs) >= family.sites
+    assert torch.equal(ours.loss, plain.loss)
+    assert ours.grads.keys() >= eager.grads.keys()
+    assert_as_good_as_eager(ours, eager, exact, floor=2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+    assert list(model.state_dict()) == keys
