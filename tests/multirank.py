@@ -1,7 +1,8 @@
 """Run a function on several gloo processes and bring back what each returned.
 
 The processes are forked from a server that has imported what is slow to import and has run nothing else, so that they
-start in a tenth of a second instead of several: importing torch's compiler and transformers cost more than most checks.
+start in a tenth of a second instead of several: importing torch's compiler and transformers cost more than most checks. Where
+there is a GPU they are started afresh.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def start_processes(world: int, function: Callable[..., Any], *args: Any) -> lis
     They are daemons. What the environment decides when torch or triton is imported is as when the first were started.
     """
     in_a_fork = os.environ.get("TRITON_INTERPRET") == "1"  # of `tests.interpreter`: it has imported what is needed
-    context = mp.get_context("fork" if in_a_fork else "forkserver")
-    if not in_a_fork:
+    # what is slow to import touches CUDA where there is any, and no fork can use it then
+    method = "fork" if in_a_fork else "spawn" if torch.cuda.is_available() else "forkserver"
+    context = mp.get_context(method)
+    if method == "forkserver":
         context.set_forkserver_preload([m for m in _SLOW_TO_IMPORT if importlib.util.find_spec(m.partition(".")[0])])
     environment = dict(os.environ)
     processes = [
