@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.multirank import start_processes
 
 TARGETS = """
 import torch
@@ -24,10 +27,28 @@ value = 5
 
 
 def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """The command in a process that was forked after the imports."""
+    (process,) = start_processes(1, _command, arguments, str(cwd))
+    process.join(timeout)
+    printed = [(cwd / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+
+
+def _command(_: int, arguments: tuple[str, ...], folder: str) -> None:
+    from ultraep_compile.cli import main
+
+    os.chdir(folder)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), number)
+    sys.argv = ["ultraep-compile", *arguments]
+    sys.path.insert(0, "")
+    main()
+
+
+def run_alone(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """The command as a user starts it."""
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "ultraep_compile", *arguments]
-    import os
-
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -96,7 +117,7 @@ def test_view_refuses_what_is_not_a_trace(folder: Path) -> None:
 
 
 def test_doctor(folder: Path) -> None:
-    done = run("doctor", "--json", cwd=folder)
+    done = run_alone("doctor", "--json", cwd=folder)
     assert done.returncode == 0 and json.loads(done.stdout)["versions"]["torch"]
 
 
@@ -107,7 +128,7 @@ def test_unknown_option_is_bad_usage(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
 def test_demo(folder: Path, processes: int) -> None:
-    done = run("demo", "--steps", "12", "--processes", str(processes), "--out", "out", cwd=folder, timeout=900)
+    done = run_alone("demo", "--steps", "12", "--processes", str(processes), "--out", "out", cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert (folder / "out" / "report.html").stat().st_size > 1e5
     from ultraep_compile.demo import worst_where_reachable

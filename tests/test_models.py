@@ -10,6 +10,8 @@ from tests.balancing import assert_as_good_as_eager, compiled_step, oracle_step,
 
 LONG = ("jamba",)  # its state space layers take most of a minute to trace
 FORMS = {"fp32": ("batched_mm", torch.float32), "bf16": ("grouped_mm", torch.bfloat16)}
+IN_BF16 = ("granitemoe", "deepseek_v3")
+"""Also tested in bf16 by default; the others with the slow tests."""
 slow = pytest.mark.slow
 
 
@@ -17,7 +19,8 @@ def _cases():
     for i, family in enumerate(zoo.FAMILIES):
         for form in FORMS:
             for ranks in (2, 4, 8):
-                quick = family not in LONG and ranks == (4, 8, 2)[i % 3] and (form == "fp32" or i % 3 == 0)
+                few = form == "fp32" or family in IN_BF16
+                quick = family not in LONG and ranks == (4, 8, 2)[i % 3] and few
                 yield pytest.param(family, form, ranks, id=f"{family}-{form}-R{ranks}", marks=() if quick else slow)
 
 
