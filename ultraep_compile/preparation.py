@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ultraep_compile.ladder.climb import Finding, candidates, climb, watched
+from ultraep_compile.ladder.lent import filled, lent_when_called
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ def prepare(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] 
 
     Layers that divide their experts over processes by an all-to-all of their own are lifted over these: every process of the
     group must call this alike, each with its own tokens, before `fully_shard` or DDP wraps the model.
+
+    A model on the meta device is run with random weights, a module at a time, and is on the meta device again afterwards.
 
     Args:
         example_inputs: keyword arguments (mapping) or positional arguments (tuple, list) of one forward; None does the
@@ -46,8 +49,10 @@ def prepare_call(model: nn.Module, *args: Any, **kwargs: Any) -> list[Finding]:
     _choose_experts_implementation(model)
     found = candidates(model)
     done = watched(model, found)
+    args, kwargs = filled((args, kwargs))
     try:
-        warm_up(model, *args, **kwargs)
+        with lent_when_called(model):
+            warm_up(model, *args, **kwargs)
     finally:
         calls = done()
     earlier = {f.path: f for f in findings_of(model)}

@@ -60,6 +60,29 @@ def test_balanced_like_eager(name):
     assert list(model.state_dict()) == keys
 
 
+ON_META = ("FlatWeights", "CapacityEinsum")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ON_META else pytest.param(n, marks=pytest.mark.slow) for n in forms.LIFTED if n != "ByTable"]
+)
+def test_lifted_on_the_meta_device(name):
+    """Prepared before it has weights; filled afterwards, it is balanced like eager. (A table's values are needed at once.)"""
+    real, inputs = forms.build(name)
+    real.eval()
+    with torch.device("meta"):
+        model = forms.build(name)[0].eval()
+    prepare(model, inputs)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.load_state_dict(real.state_dict(), assign=True)
+    eager = step(real, real, inputs)
+    ours, graphs = compiled_step(model, inputs, ranks=4)
+    assert sum(len(g.prepared) for g in graphs) == forms.SITES.get(name, 1)
+    assert relative(ours.loss, eager.loss) < 1e-6
+    for key, grad in eager.grads.items():
+        assert relative(ours.grads[key], grad) < 1e-4 or grad.norm() < 1e-7, key
+
+
 CHANGING = ("LoopOverHit", "SwitchCapacity", "WideRouter", "GroupedBySizes", "Exchanging", "DenseGated")
 
 

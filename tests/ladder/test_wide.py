@@ -9,6 +9,7 @@ from tests import zoo_wide
 from tests.balancing import assert_as_good_as_eager, compiled_step, oracle_step, step
 from ultraep_compile import explain, prepare
 from ultraep_compile.multimodal import roles
+from ultraep_compile.preparation import findings_of
 
 QUICK = {"dbrx", "llava"}
 
@@ -33,6 +34,19 @@ def test_balanced_like_eager(name):
     assert torch.equal(ours.loss, plain.loss)
     assert_as_good_as_eager(ours, eager, exact, floor=2e-6)
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dbrx", "switch_transformers"])
+def test_prepared_on_the_meta_device(name):
+    real, inputs = zoo_wide.build(name)
+    with torch.device("meta"):
+        model, _ = zoo_wide.build(name)
+    prepare(model, inputs)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    found = [f.rung for f in findings_of(model)]
+    prepare(real, inputs)
+    assert found == [f.rung for f in findings_of(real)] and "lifted" in found
 
 
 ROLES = {

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
 from ultraep_compile.ladder.layer import lift_layer, meets_rows_of_others, recheck, routed_product
+from ultraep_compile.ladder.lent import lent
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, noticed
@@ -183,9 +184,11 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
         alike = [c for c in alike if not (c.parameters and settled.issuperset(c.parameters))]
         if not alike:
             continue
-        for finding in _settle(model, alike, calls):
-            findings.append(finding)
-            settled |= set(finding.parameters)
+        levels = _levels(model, alike, calls)
+        with lent(*(model.get_submodule(p) for p in levels[-1:])):
+            new = list(_settle(model, alike, levels, calls))
+        findings += new
+        settled.update(p for finding in new for p in finding.parameters)
     order = {n: i for i, (n, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
 
@@ -197,11 +200,15 @@ def _lone(model: nn.Module, found: list[Candidate], calls: Calls) -> Iterator[Ca
             yield Candidate(path, None, (), False)
 
 
-def _settle(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[Finding]:
+def _levels(model: nn.Module, alike: list[Candidate], calls: Calls) -> list[str]:
+    """Modules in which the routing of the first candidate may stand; innermost first."""
+    levels = [p for p in _upwards(alike[0].holder)[:_LEVELS] if p in calls.first and _is_plain(calls.first[p])]
+    return [p for p in levels if _is_layer(model, p, alike)]
+
+
+def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: Calls) -> Iterator[Finding]:
     """All candidates of one kind by what works for the first."""
     first = alike[0]
-    levels = [p for p in _upwards(first.holder)[:_LEVELS] if p in calls.first and _is_plain(calls.first[p])]
-    levels = [p for p in levels if _is_layer(model, p, alike)]
     home = _exchanging_level(model, first, levels, calls)
     levels = [p for p in levels if calls.ranks_of(p).size == 1] if home is None else levels[levels.index(home) :]
     if first.stacked and home is None and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
@@ -258,7 +265,8 @@ def _installed(
         parameters = tuple(f"{here}.{n}" if here else n for n in facts.parameters)
         try:
             if each is not first:
-                recheck(owner, layer, calls.first[path], calls.ranks_of(path))
+                with lent(owner):
+                    recheck(owner, layer, calls.first[path], calls.ranks_of(path))
         except Refusal as reason:
             yield Finding(here, "missed", str(reason), parameters, facts.experts)
             continue
