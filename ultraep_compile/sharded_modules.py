@@ -98,6 +98,8 @@ def divide_class(module: nn.Module, division: Division) -> None:
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in names:
             given, tensor = state_dict.get(prefix + name), parameter(self, name)
+            if type(given) is DTensor and isinstance(tensor, ExpertTensor):
+                mark(given, division.group)  # torch made it, of a whole one
             if not isinstance(given, Tensor) or isinstance(given, DTensor) or not isinstance(tensor, ExpertTensor):
                 continue
             if given.shape == tensor.shape:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from ultraep_compile.errors import ShardingError
 from ultraep_compile.ladder.divided import Division, division_of
 from ultraep_compile.ladder.install import LayerFacts, lifted_layer
-from ultraep_compile.ops.expert_tensor import own
+from ultraep_compile.ops.expert_tensor import follow_optimizers, own
 from ultraep_compile.preparation import findings_of, prepare
 from ultraep_compile.sharded_modules import divide_class, is_sharded, own_part, replace, sharded_class
 
@@ -187,6 +187,8 @@ def _divide(layers: list[_Layer], stacks: list[_Stack], mesh: DeviceMesh, ranks:
             names.add(".".join(p for p in (stack.path, name) if p))
         stack.module.__class__ = sharded_class(type(stack.module), tuple(stack.names), ranks, group)
     owners = [int(r) for r in mesh.mesh.flatten()]
+    if layers:
+        follow_optimizers()
     for layer in layers:
         lists = tuple(layer.lists())
         for role in lists:

@@ -1,14 +1,18 @@
 """A tensor of one expert that one rank holds: what `shard_experts` makes of the parameters of experts that are modules.
 
 It is a `DTensor` on the mesh of its owner alone, which is what torch's checkpoints, optimizers and compilers understand
-as "another rank has it". Two things differ from a plain one: `full_tensor` brings the value to every rank of the group,
-and so does what `get_model_state_dict(..., full_state_dict=True)` calls.
+as "another rank has it". Three things differ from a plain one: `full_tensor` brings the value to every rank of the group,
+so does what `get_model_state_dict(..., full_state_dict=True)` calls, and `set_model_state_dict(..., broadcast_from_rank0=True)`
+may write to it on ranks that hold nothing. Torch makes plain ones of an optimizer's state when it loads a whole state dict;
+`follow_optimizers` sees to it that they are of this kind again.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import sys
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 
@@ -47,6 +52,15 @@ class ExpertTensor(DTensor):
     def owner(self) -> int:
         """Global rank that holds the value."""
         return int(self.device_mesh.mesh.flatten()[0])
+
+    def to_local(self, *, grad_placements: Any = None) -> Tensor:
+        """What this rank holds. To torch's broadcast of a state dict, which writes to it on all ranks as if each had a part,
+        the others give memory that is forgotten.
+        """
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_name == "_distribute_tensors":
+            if self.device_mesh.get_coordinate() is None:
+                return self._local_tensor.new_empty(self.shape)
+        return super().to_local(grad_placements=grad_placements)
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The value, on every rank of the group; all of them must call this."""
@@ -100,6 +114,29 @@ def mark(tensor: DTensor, group: str) -> ExpertTensor:
         # Elsewhere torch keeps a part of one dim; autograd of `to_local` wants as many dims as the whole has.
         tensor._local_tensor = tensor._local_tensor.new_empty(0, *tensor.shape[1:])
     return tensor  # type: ignore[return-value]
+
+
+@functools.cache
+def follow_optimizers() -> None:
+    """From an optimizer's first step on, which loading a state dict makes if there was none: what it loads for our tensors
+    is made ours.
+    """
+    known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def loaded(optimizer: Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            if isinstance(parameter, ExpertTensor):
+                for value in state.values():
+                    if type(value) is DTensor:
+                        mark(value, vars(parameter)["_expert_group"])
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer in known or not any(isinstance(p, ExpertTensor) for g in optimizer.param_groups for p in g["params"]):
+            return
+        known.add(optimizer)
+        optimizer.register_load_state_dict_post_hook(loaded)
+
+    register_optimizer_step_pre_hook(before_step)
 
 
 def _distributed(local: Tensor, mesh: DeviceMesh, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
