@@ -1,6 +1,6 @@
 """From the router's choice to a plan on every rank, over processes: counting, exchanging counts, planning.
 
-    torchrun --nproc-per-node 8 -m benchmarks.count_exchange [--experts 256] [--out RESULT.json]     # NCCL, CUDA graphs
+    torchrun --nproc-per-node 8 -m benchmarks.count_exchange [--experts 256] [--json RESULT.json]     # NCCL, CUDA graphs
     torchrun --nproc-per-node 2 -m benchmarks.count_exchange --device cpu                           # gloo, for the logic
 
 Every rank counts its own ids (8192 tokens, top-8, fresh for every rank), all gather the counts, and every rank plans
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -122,11 +122,11 @@ def main() -> None:
         print(f"{ranks} ranks x {experts} experts, {args.tokens} x 8 ids a rank, {name}, torch {torch.__version__}")
         for part, (low, middle, high) in times.items():
             print(f"  {part:9} {middle:8.1f} us, quartiles {low:.1f} {high:.1f}")
-        if args.out:
+        if args.json:
             setting = {"ranks": ranks, "experts": experts, "tokens": args.tokens, "slots": args.slots, "device": name}
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             record = {"setting": setting, "versions": versions, "chain": CHAIN, "replays": REPLAYS, "quartiles_us": times}
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
     dist.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
 """All measurements on several GPUs, one after another, each under torchrun with one GPU a process.
 
-    python -m benchmarks.several_gpus --out DIR [--gpus N] [--only wire tokens layer training pipeline]
+    python -m benchmarks.several_gpus --out DIR [--gpus N] [--only wire tokens counts layer training pipeline]
 
 Every part checks its results before it times them, writes DIR/PART.json and is stopped at its limit; what it printed is
 in DIR/PART.log. The order is that of the first thing to break: wire, tokens, one layer, whole models. A part that fails
@@ -33,8 +33,9 @@ class Part:
 PARTS = {
     "wire": Part("data_plane", 90),
     "tokens": Part("data_plane_tokens", 90),
-    "layer": Part("moe_layer", 180),
-    "training": Part("training_steps", 420),
+    "counts": Part("count_exchange", 60, ("--experts", "128")),
+    "layer": Part("moe_layer", 240),
+    "training": Part("training_steps", 600),
     "training_collective": Part("training_steps", 300, ("--transport", "collective", "--steps", "60")),
     "pipeline": Part("pipeline_steps", 180, ("--device", "cuda")),
 }
