@@ -1,4 +1,5 @@
-"""The planner's kernels on a GPU: first exact against the planner in plain Python, then timed.
+"""The planner's kernels on a GPU: first exact against the planner in plain Python, then timed. Each part compiles what it
+needs, several shapes at a time; what it found is printed, and written to RESULTS.json at its end.
 
     python -m benchmarks.planner_gpu [LOADS.npz] [--out RESULTS.json] [--only exact|rows|scaling|counts|frontier]
     python -m benchmarks.planner_gpu --draw RESULTS.json            # its frontier as a picture beside it; needs no GPU
@@ -17,9 +18,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +31,23 @@ import triton
 from ultraep_compile.codegen.count_kernels import expert_counts
 from ultraep_compile.codegen.planner_kernels import plan_on_device, planning_stages
 from ultraep_compile.planner import imbalance, loads_after, make_plan, quotas, replica_count
+from ultraep_compile.planner.make import kernels_fit
+from ultraep_compile.planner.topology import make_topology
 
 CHAIN, REPLAYS = 16, 25
+PARTS = ["exact", "rows", "counts", "frontier", "scaling"]
+COMPILE_LIMIT = 60  # seconds for one shape
 SHAPES = [(8, 64), (8, 128), (16, 128), (32, 256), (64, 256), (64, 512), (64, 1024), (128, 256), (128, 512), (128, 1024)]
+MANY_EXPERTS = [(2, 128), (4, 128), (2, 256), (8, 256), (8, 512), (8, 1024), (32, 1024)]  # of a rank
+
+
+class Job(NamedTuple):
+    """Kernels to be compiled."""
+
+    ranks: int
+    experts: int
+    slots: int
+    timed: bool = False
 
 
 def loads(ranks: int, experts: int, sigma: float, seed: int = 0, tokens: int = 65536) -> np.ndarray:
@@ -96,29 +113,48 @@ def plan_times(
     return out
 
 
-def warm_up(wanted: Iterable[tuple[tuple[int, int], int]]) -> None:
-    """Compile all that will be needed into Triton's cache, several processes at a time; the slowest ones first."""
-    jobs = sorted((f"{ranks},{experts},{s}" for (ranks, experts), s in wanted), key=_masters, reverse=True)
+def compiled(wanted: Iterable[Job]) -> dict[Job, float | None]:
+    """Compile into Triton's cache, several processes at a time: seconds, None if too many."""
+    jobs = list(dict.fromkeys(wanted))
 
-    def job(at: str) -> None:
-        subprocess.run([sys.executable, "-m", "benchmarks.planner_gpu", "--compile", at], check=True)
+    def run(job: Job) -> float | None:
+        command = [sys.executable, "-m", "benchmarks.planner_gpu", "--compile", *map(str, map(int, job))]
+        try:
+            done = subprocess.run(command, check=True, timeout=COMPILE_LIMIT, stdout=subprocess.PIPE, text=True)
+        except subprocess.TimeoutExpired:
+            return None
+        return float(done.stdout)
 
+    seconds: dict[Job, float | None] = {}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
-        list(pool.map(job, jobs))
+        for job, taken in zip(jobs, pool.map(run, jobs), strict=True):
+            seconds[job] = taken
+            what = f"in {taken:.1f} s" if taken is not None else f"not in {COMPILE_LIMIT} s"
+            price = ", with a price" if job.timed else ""
+            print(f"  compiled {job.ranks} x {job.experts}, {job.slots} slots{price}: {what}", flush=True)
+    return seconds
 
 
-def _masters(job: str) -> float:
-    ranks, experts, _ = map(int, job.split(","))
-    return experts / ranks
-
-
-def compile_for(ranks: int, experts: int, slots: int) -> None:
-    counts_RE = torch.from_numpy(loads(ranks, experts, 1.0)).cuda()
-    for rank in (None, ranks // 3):
-        plan_on_device(counts_RE, [slots] * ranks, rank, ranks)
-    if (ranks, experts) == (64, 256):
-        plan_on_device(counts_RE, [slots] * ranks, 1, ranks, copy_tokens=1000)
+def compile_here(job: Job) -> float:
+    """Seconds until the kernels have run once, for the shares of one rank and of all."""
+    counts_RE = torch.from_numpy(loads(job.ranks, job.experts, 1.0)).cuda()
+    start = time.perf_counter()
+    for rank in (None, job.ranks // 3):
+        plan_on_device(counts_RE, [job.slots] * job.ranks, rank, job.ranks, copy_tokens=1000 if job.timed else None)
     torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def on_host(counts_RE: torch.Tensor, slots: int) -> float:
+    """Median microseconds of a plan that the kernels do not make, counts and plan on the device."""
+    samples = []
+    for _ in range(REPLAYS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        make_plan(counts_RE, slots, check=False)
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(samples)
 
 
 def exact(matrices: dict[str, np.ndarray]) -> dict:
@@ -142,16 +178,24 @@ def by_row(matrices: dict[str, np.ndarray]) -> dict:
     return rows
 
 
-def scaling() -> dict:
-    table = {}
-    for ranks, experts in SHAPES:
-        times = []
-        for sigma in (0.5, 1.0, 1.5):
-            counts = loads(ranks, experts, sigma)
-            check_exact(counts, 2)
-            times.append(plan_times(counts, 2, False)["plan"])
-        table[f"{ranks} x {experts}"] = times
-        print(f"  {ranks:3} x {experts:4}, log-normal loads: " + ", ".join(f"{t:.1f}" for t in times) + " us")
+def scaling(seconds: dict[Job, float | None]) -> dict[str, dict]:
+    """By shape, at most a minute each for the compiler: who plans, and microseconds for three heats of the experts."""
+    table: dict[str, dict] = {}
+    for ranks, experts in SHAPES + MANY_EXPERTS:
+        heats = [loads(ranks, experts, sigma) for sigma in (0.5, 1.0, 1.5)]
+        compiled_in = seconds.get(Job(ranks, experts, 2))
+        row: dict = {"planned": "on the GPU", "compile_s": compiled_in}
+        if not kernels_fit(make_topology(ranks, experts, 2)):
+            row |= {"planned": "on the host", "us": [on_host(torch.from_numpy(counts).cuda(), 2) for counts in heats]}
+        elif compiled_in is None:
+            row |= {"planned": f"not at all: kernels not compiled in {COMPILE_LIMIT} s", "us": []}
+        else:
+            for counts in heats:
+                check_exact(counts, 2)
+            row["us"] = [plan_times(counts, 2, False)["plan"] for counts in heats]
+        table[f"{ranks} x {experts}"] = row
+        times = ", ".join(f"{t:.1f}" for t in row["us"]) + " us" * bool(row["us"])
+        print(f"  {ranks:3} x {experts:4}, log-normal loads, planned {row['planned']}: {times}", flush=True)
     return table
 
 
@@ -228,12 +272,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loads", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", default=["exact", "rows", "counts", "frontier", "scaling"])
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--draw", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=4, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compile:
-        return compile_for(*map(int, args.compile.split(",")))
+        return print(compile_here(Job(*args.compile)))
     if args.draw:
         return draw(args.draw)
     if args.loads:
@@ -242,10 +286,6 @@ def main() -> None:
     else:
         matrices = {f"lognormal{sigma}_{r}x{e}": loads(r, e, sigma) for r, e in SHAPES[:6] for sigma in (0.5, 1.0, 1.5)}
 
-    shapes = list(dict.fromkeys(c.shape for c in matrices.values()))
-    jobs = [(shape, s) for shape in shapes for s in (1, 2)]
-    jobs += [(shape, 2) for shape in SHAPES if "scaling" in args.only]
-    warm_up(dict.fromkeys(jobs))
     record: dict = {
         "command": f"python -m benchmarks.planner_gpu {args.loads.name if args.loads else ''}".strip(),
         "device": torch.cuda.get_device_name(),
@@ -253,18 +293,23 @@ def main() -> None:
         "method": f"{CHAIN} plans chained in a CUDA graph, median of {REPLAYS} replays, microseconds a plan",
     }
     print(record["device"], record["versions"])
-    if "exact" in args.only:
-        record["exact"] = exact(matrices)
-    if "rows" in args.only:
-        record["rows"] = by_row(matrices)
-    if "counts" in args.only:
-        record["counts"] = counting()
-    if "frontier" in args.only:
-        record["frontier"] = frontier(matrices)
-    if "scaling" in args.only:
-        record["scaling"] = scaling()
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    shapes = [Job(counts.shape[0], counts.shape[1], slots) for counts in matrices.values() for slots in (1, 2)]
+    priced = [Job(64, 256, slots, timed) for slots in (1, 2) for timed in (False, True)]
+    scaled = [Job(*shape, 2) for shape in SHAPES + MANY_EXPERTS if kernels_fit(make_topology(*shape, 2))]
+    known: dict[Job, float | None] = {}
+    parts: dict[str, tuple[list[Job], Callable[[], Any]]] = {
+        "exact": (shapes, lambda: exact(matrices)),
+        "rows": (shapes, lambda: by_row(matrices)),
+        "counts": ([], counting),
+        "frontier": (priced, lambda: frontier(matrices)),
+        "scaling": (scaled, lambda: scaling(known)),
+    }
+    for name in args.only:
+        jobs, part = parts[name]
+        known |= compiled(job for job in jobs if job not in known)
+        record[name] = part()
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def make_plan(
     topology = make_topology(*check_matrix(counts_RE), redundant_experts, domain, experts_per_rank)
     if counts_RE.is_cuda and not check and topology.is_even and (name == "none" or topology.slots == 0):
         return _without_copies(counts_RE, topology)
-    if counts_RE.is_cuda and name == "quota" and _kernels_fit(topology):
+    if counts_RE.is_cuda and name == "quota" and kernels_fit(topology):
         if check:
             check_values(counts_RE)
         return _plan_on_device(counts_RE, topology, points, copy_tokens)
@@ -113,7 +113,7 @@ def _by_domain(solve: Planner, counts_RC: NDArray, topology: Topology) -> Placem
     return Placement(slot_expert_RS, quota_RL.ravel())
 
 
-def _kernels_fit(topology: Topology) -> bool:
+def kernels_fit(topology: Topology) -> bool:
     """Whether the Triton kernels can plan this: installed, and a domain fits a warp."""
     lanes, masters = 1 << (topology.domain - 1).bit_length(), 1 << (topology.masters - 1).bit_length()
     fits = topology.domain * topology.slots <= KERNEL_SLOTS and lanes * masters <= KERNEL_EXPERTS
