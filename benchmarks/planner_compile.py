@@ -33,9 +33,14 @@ def measured(kernel: Any, warps: int, **constants: Any) -> tuple[float, int]:
     return sum(os.times()[:4]) - sum(before[:4]), asm["ptx"].count(";\n")
 
 
+def power(size: int) -> int:
+    """The power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def shape(ranks: int, experts: int) -> dict[str, Any]:
     """All three kernels of one shape, as `planning_stages` launches them."""
-    power, masters = triton.next_power_of_2, experts // ranks
+    masters = experts // ranks
     lanes, rows = max(32, power(ranks)), power(masters)
     in_memory = not in_registers(masters, lanes)
     sizes = {"D": ranks, "M": masters, "M_BITS": rows.bit_length() - 1}
