@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from ultraep_compile.ladder.recording import Recording
 from ultraep_compile.ladder.regions import ALL, Parts, Region, code_of, ends_of, region_to, row_count
 from ultraep_compile.ladder.routing import Missed, Routing, Slots, Unbalanceable, judge, measure
 from ultraep_compile.ladder.rows import RowFunction, ends_of_groups, row_function
 from ultraep_compile.ladder.together import Ranks
+from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 
@@ -25,6 +30,8 @@ class Analysis:
     rows: RowFunction
     scaled: bool
     weights: Tensor
+    position: int = 0
+    """Which of the tensors that all of an expert passes through is taken for its end."""
 
 
 def analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> list[Analysis]:
@@ -40,7 +47,8 @@ def analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> li
     problem = Refusal("its experts' computations end in no common tensor")
     for position in range(min(ranks.every(min(map(len, ends.values()))))):
         try:
-            return _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present}, ranks)
+            found = _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present}, ranks)
+            return [dataclasses.replace(f, position=position) for f in found]
         except Unbalanceable:
             raise
         except Refusal as reason:
@@ -53,17 +61,7 @@ def analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> li
 def _cut_at(
     recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node], ranks: Ranks
 ) -> list[Analysis]:
-    def cut() -> tuple[dict[int, Region], dict[int, RowFunction], Slots]:
-        regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
-        codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
-        if len(set(codes.values())) > 1:
-            first = next(iter(codes))
-            other = next(e for e in codes if codes[e] != codes[first])
-            raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
-        plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
-        return regions, plain, _slots(recording, parts, regions, plain, ranks)
-
-    regions, plain, slots = ranks.agreed(cut)
+    regions, plain, slots = ranks.agreed(lambda: _cut(recording, parts, ends, ranks))
     slots = slots.of_all(ranks, parts.experts)
     experts = parts.experts * ranks.size
     try:
@@ -78,6 +76,35 @@ def _cut_at(
     if len(set(ranks.every(found[0].rows.module.code))) > 1:
         raise Missed("experts of different ranks do not compute the same with their weights")
     return found
+
+
+def _cut(
+    recording: Recording, parts: Parts, ends: dict[int, fx.Node], ranks: Ranks
+) -> tuple[dict[int, Region], dict[int, RowFunction], Slots]:
+    regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
+    codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
+    if len(set(codes.values())) > 1:
+        first = next(iter(codes))
+        other = next(e for e in codes if codes[e] != codes[first])
+        raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
+    plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
+    return regions, plain, _slots(recording, parts, regions, plain, ranks)
+
+
+def is_full(slots: Slots) -> bool:
+    """Every expert has equally many rows, and all of them hold something."""
+    return slots.fixed and bool((slots.inputs != 0).any(1).all())
+
+
+def stays_full(recording: Recording, parts: Parts, position: int) -> bool:
+    """The same of a recording whose tokens all go the same way: a capacity that any usual batch fills shows itself here."""
+    if len(parts.present) != parts.experts:
+        return False
+    try:
+        ends = {e: ends_of(recording, parts, e)[position] for e in parts.present}
+        return is_full(_cut(recording, parts, ends, Ranks())[2])
+    except (Refusal, IndexError):
+        return False
 
 
 def _weighed(
@@ -123,8 +150,8 @@ def _slots(
         counts.add(n)
         if (weight := functions[expert].weight) is not None:
             inner.append(recording.values[weight].reshape(-1)[:n])
-        inputs.append(x.reshape(row_count(y), -1)[:n])
-        outputs.append(y.reshape(row_count(y), -1)[:n])
+        inputs.append(x.reshape(-1, x.shape[-1])[:n])
+        outputs.append(y.reshape(-1, y.shape[-1])[:n])
         experts.append(number)
     fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
     fixed = fixed and not any(map(ends_of_groups, regions.values()))
@@ -135,9 +162,36 @@ def _slots(
 def _mixes_tokens(recording: Recording, rows: Tensor) -> bool:
     """Does one row of the experts' input depend on several tokens, however they were routed?"""
     states = next((recording.raw[n] for n in recording.inputs if recording.raw[n].is_floating_point()), None)
-    if states is None or not rows.requires_grad or not states.requires_grad:
+    if states is None or not rows.numel() or not rows.requires_grad or not states.requires_grad:
         return False
     row = rows.reshape(row_count(rows), -1)[0]
     direction = torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(row)
     (grad,) = torch.autograd.grad((row * direction).sum(), states, allow_unused=True, retain_graph=True)
     return grad is not None and int((grad.reshape(row_count(grad), -1) != 0).any(1).sum()) > 1
+
+
+_BOUNDS = frozenset({"lt", "le", "gt", "ge", "clamp", "clamp_", "clip", "clamp_max", "getitem", "narrow"})
+
+
+def unreached_bound(recordings: Sequence[Recording], parts: Parts, wanted: set[fx.Node], reached: int) -> int | None:
+    """The least number, the same whatever the sizes and above `reached` tokens, that rows are compared with or cut at outside
+    of the experts and of what is replayed: a capacity that no probe came to, so what happens beyond it was never seen.
+    """
+
+    def bounds(recording: Recording, of: Callable[[fx.Node], bool]) -> set[tuple[str, int]]:
+        found = set()
+        for node in recording.graph.nodes:
+            if node.op.startswith("call") and op_name(node) in _BOUNDS and of(node):
+                leaves: list[Any] = []
+                map_aggregate((node.args, node.kwargs), leaves.append)
+                leaves += [end for s in leaves if isinstance(s, slice) for end in (s.start, s.stop)]
+                found |= {(op_name(node), n) for n in leaves if type(n) is int and n > reached}
+        return found
+
+    first = bounds(recordings[0], lambda n: n not in wanted and not parts.label[n])
+    common = first.intersection(*(bounds(r, lambda n: True) for r in recordings[1:]))
+    return min((n for _, n in common if n < _ENDLESS), default=None)
+
+
+_ENDLESS = 2**31 - 1
+"""Numbers from here on mean that there is no bound."""

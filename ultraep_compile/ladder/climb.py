@@ -276,6 +276,8 @@ def _installed(
             keep_counts(model.get_submodule(_caller(here, path, calls)))
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
         only = "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
+        if facts.most is not None:
+            only = f" (for up to {facts.most} tokens: its forward has that bound, and no probe came to it)"
         over = "" if facts.ranks == 1 else f" over the {facts.ranks} ranks of the layer's own all-to-all, which planning replaces"
         why = f"experts called {facts.form}{only}{over}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)

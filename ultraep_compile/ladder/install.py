@@ -32,6 +32,8 @@ class LayerFacts:
     source: str = ""
     lead: tuple[int, ...] | None = None
     """The only shape of tokens that the new forward is good for; None for any."""
+    most: int | None = None
+    """The most tokens that the new forward is good for: beyond them the module has a bound that no probe came to."""
     ranks: int = 1
     """Processes that the layer divides its experts over by itself."""
     dtype: torch.dtype = torch.float32
@@ -121,7 +123,7 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and self.training in layer.functions:
             tensors = layer.pattern.inputs(args, kwargs)
-            if tensors is not None and _good_for(layer.facts.lead, tensors):
+            if tensors is not None and _good_for(layer.facts, tensors):
                 return layer.functions[self.training](self, *tensors)
         return own_forward(base, self, args, kwargs)
 
@@ -166,5 +168,9 @@ def lifted_layer(module: nn.Module) -> LiftedLayer | None:
     return getattr(type(module), _LAYER, None)
 
 
-def _good_for(lead: tuple[int, ...] | None, tensors: list[Tensor]) -> bool:
-    return lead is None or any(tuple(t.shape[:-1]) == lead for t in tensors)
+def _good_for(facts: LayerFacts, tensors: list[Tensor]) -> bool:
+    if facts.most is not None:
+        states = next(t for t in tensors if t.is_floating_point() and t.dim() >= 2)
+        if states.numel() // states.shape[-1] > facts.most:
+            return False
+    return facts.lead is None or any(tuple(t.shape[:-1]) == facts.lead for t in tensors)

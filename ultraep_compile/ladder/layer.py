@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ultraep_compile.ladder.analysis import Analysis, analyse
+from ultraep_compile.ladder.analysis import Analysis, analyse, is_full, stays_full, unreached_bound
 from ultraep_compile.ladder.check import SEEDS, check, in_mode
 from ultraep_compile.ladder.groups import Siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
@@ -68,6 +68,7 @@ def lift_layer(
     else:
         layer.functions[not owner.training], layer.sources[not owner.training] = function, text
         facts.lead = facts.lead or there.lead
+        facts.most = min((m for m in (facts.most, there.most) if m is not None), default=None)
     return layer
 
 
@@ -144,7 +145,7 @@ def _attempt(
     problem: Refusal | None = None
     for found in analyse(first, parts, tokens, ranks):
         try:
-            return _with_sources(owner, name, call, recordings, found, [*leads, *more[:2]], ranks)
+            return _with_sources(owner, name, call, way, recordings, found, [*leads, *more[:2]], ranks)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else problem or reason
     assert problem is not None
@@ -170,25 +171,39 @@ def _judge_exchanges(recording: Recording, ranks: Ranks) -> None:
 
 
 def _with_sources(
-    owner, name, call, recordings, found: Analysis, leads, ranks: Ranks
+    owner, name, call, way: _Way, recordings, found: Analysis, leads, ranks: Ranks
 ) -> tuple[Callable, str, LayerFacts]:
     parts = found.parts
     problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
-    if found.slots.fixed and ALL not in parts.present and bool((found.slots.inputs != 0).any(1).all()):
-        problem = Unbalanceable(
-            "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
-            "equal by construction, there is nothing to balance"
-        )
     ways = sources(recordings[0], parts, found.routing, parts.experts * ranks.size, found.weights)
     if ranks.size > 1:
         here = ways
         ways = common_sources(ranks.agreed(lambda: list(here)), recordings[0], parts, ranks)
-    for way in ways:
+    bounded = None
+    for source in ways:
         try:
-            return _written(owner, name, call, recordings, found, way, leads, ranks)
+            function, text, facts = _written(owner, name, call, recordings, found, source, leads, ranks)
         except Refusal as reason:
-            problem = problem if isinstance(problem, Unbalanceable) else Missed(str(reason))
-    raise problem
+            problem = Missed(str(reason))
+            continue
+        if all(most is None for most in ranks.every(facts.most)):
+            return function, text, facts
+        bounded = bounded or (function, text, facts)
+    if bounded is not None and ranks.size > 1:  # ranks must not part at a number of tokens
+        raise Missed(
+            f"it has a bound of {bounded[2].most} rows that no probe came to. Call prepare with a batch of at least so many tokens a rank"
+        )
+    if bounded is not None:
+        return bounded
+    if ALL in parts.present or ranks.size > 1 or not is_full(found.slots):
+        raise problem
+    skewed = record(owner, resized(call, leads[0], 0, skewed=True), way.leaves)
+    if not stays_full(skewed, find_parts(skewed, way.owned, way.count), found.position):
+        raise problem  # a capacity below every load of a usual batch
+    raise Unbalanceable(
+        "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
+        "equal by construction, there is nothing to balance"
+    )
 
 
 def _written(
@@ -207,24 +222,26 @@ def _written(
     def replay(rows: Callable) -> Replay:
         return Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, rows, experts)
 
-    def balanced() -> tuple[Callable, str]:
+    def balanced() -> tuple[Callable, str, int | None]:
         _refuse_shared(first, found.rows.consts, ranks)
         params = [_stacked_like(owner, found, role) for role in found.rows.roles]
         consts = [first.raw[c].detach() for c in found.rows.consts]
         weight = first.raw[way.weight] if found.scaled and way.weight is not None else None
         hidden = first.raw[found.routing.table].flatten(0, -2).to(dtype)
         made = replay(caller(name or "model", lifted, hidden, weight, params, consts, ranks.name, ranks.size))
-        return made.function(), made.source
+        function = made.function()
+        most = max(math.prod(leads[0]), math.prod(leads[-1]))  # sizes of skewed probes, see `check`
+        return function, made.source, unreached_bound(recordings, found.parts, made.wanted, most)
 
     if ranks.size == 1:
         check(owner, replay(reference_caller(lifted)).function(), call, leads, dtype=dtype)
-        function, text = balanced()
+        function, text, most = balanced()
     else:  # nobody has all experts: what is checked is what will run
-        function, text = ranks.agreed(balanced)
+        function, text, most = ranks.agreed(balanced)
         check(owner, function, call, leads, ranks=ranks, dtype=dtype)
     holders = tuple(tuple(found.parts.holders[role]) for role in found.rows.roles)
     counted = way.ids_form == "sizes"
-    return function, text, LayerFacts(experts, way.choices, holders, form, counted, source, ranks=ranks.size, dtype=dtype)
+    return function, text, LayerFacts(experts, way.choices, holders, form, counted, source, ranks=ranks.size, dtype=dtype, most=most)
 
 
 def _refuse_shared(recording: Recording, consts: list[fx.Node], ranks: Ranks) -> None:

@@ -25,12 +25,16 @@ def resized(
     """The call with other numbers of tokens: rows drawn from its own, token states random, `gain` times as large.
 
     Args:
+        skewed: tokens that all go the same way: alike in what a router reads, and one row of the call's own for all of them (ids
+            and weights may be among these).
         rank: others have other tokens.
     """
     states = main_input(call)
     old = tuple(states.shape[:-1])
     generator = torch.Generator().manual_seed(seed + 1000 * rank)
     picks = [torch.randint(0, n, (m,), generator=generator) for n, m in zip(old, lead, strict=True)]
+    if skewed:
+        picks = [pick[:1].expand_as(pick) for pick in picks]
     flat = picks[0]
     for size, pick in zip(old[1:], picks[1:], strict=True):
         flat = (flat[:, None] * size + pick).flatten()
@@ -47,13 +51,13 @@ def resized(
             for dim, pick in enumerate(picks):
                 new = new.index_select(dim, pick.to(tensor.device))
         elif _counts_rows(tensor, math.prod(old)):
-            new = torch.tensor(_shares(math.prod(lead), len(tensor), generator)).to(tensor)
+            new = torch.tensor(_shares(math.prod(lead), len(tensor), generator, skewed)).to(tensor)
         elif tensor.dim() and tensor.shape[0] == math.prod(old):
             new = tensor.detach().index_select(0, flat.to(tensor.device))
         else:
             new = tensor.detach()
         made.append(new.clone())
-    sizes = [_shares(math.prod(lead), len(s), generator) if sum(s) == math.prod(old) else s for s in call.sizes()]
+    sizes = [_shares(math.prod(lead), len(s), generator, skewed) if sum(s) == math.prod(old) else s for s in call.sizes()]
     return call.with_tensors(made).with_sizes(sizes)
 
 
@@ -68,8 +72,11 @@ def _counts_rows(tensor: Tensor, rows: int) -> bool:
     return whole and tensor.numel() != rows and int(tensor.sum()) == rows
 
 
-def _shares(total: int, parts: int, generator: torch.Generator) -> list[int]:
-    """Random sizes of `parts` groups."""
+def _shares(total: int, parts: int, generator: torch.Generator, skewed: bool = False) -> list[int]:
+    """Random sizes of `parts` groups; skewed, one of them has everything."""
+    if skewed:
+        favourite = int(torch.randint(0, parts, (1,), generator=generator))
+        return [total * (part == favourite) for part in range(parts)]
     return torch.bincount(torch.randint(0, parts, (total,), generator=generator), minlength=parts).tolist()
 
 

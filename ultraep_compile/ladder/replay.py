@@ -79,6 +79,8 @@ class Replay:
         leaves, spec = pytree.tree_flatten((self.a.output, self.a.stored))
         nodes = [n for n in leaves if isinstance(n, fx.Node)]
         wanted = self._needed(nodes)
+        self.wanted = set(wanted)
+        """What is replayed of the first recording."""
         other = [_matching(wanted, self.a, b, self.routing.output) for b in self.others]
         done = False
         before = [n for n in wanted if n not in self._after()]

@@ -281,17 +281,20 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
             live &= ~beyond
         pairs = _Pairs(ids, live, beyond, weights, routing.skip)
         masked, shows = not bool(live.all()), form in ("one-hot", "beyond")
+        kept = form == "one-hot" or (masked and shows)  # a one-hot tensor may drop pairs that it did not drop here
         if pairs.factor_of(torch.ones_like(live, dtype=torch.float64), 1e-4) == 1 and (shows or not masked):
-            yield Sources(node, form, None, "one", 1.0, ids.shape[1], masked)
+            yield Sources(node, form, None, "one", 1.0, ids.shape[1], kept)
             continue
         for weight, weight_form, factor in _weights(recording, parts, routing, pairs, weights, experts):
             if masked and not shows and weight_form == "pairs":
                 if bool((recording.values[weight].reshape(ids.shape)[~live] != 0).any()):
                     continue  # something drops pairs, and these weights do not show it
-            yield Sources(node, form, weight, weight_form, factor, ids.shape[1], masked and shows)
+            yield Sources(node, form, weight, weight_form, factor, ids.shape[1], kept)
     if routing.choices < experts and routing.skip is None:
-        for weight, weight_form, factor in _weights(recording, parts, routing, None, weights, experts):
-            yield Sources(None, "", weight, weight_form, factor, routing.choices, False)
+        shown = list(_weights(recording, parts, routing, None, weights, experts))
+        for choices in range(routing.choices, min(routing.choices + 2, experts)):  # a capacity may have dropped every second choice
+            for weight, weight_form, factor in shown:
+                yield Sources(None, "", weight, weight_form, factor, choices, False)
 
 
 def common_sources(found: list[Sources], recording: Recording, parts: Parts, ranks: Ranks) -> list[Sources]:
