@@ -242,6 +242,34 @@ class HookedGrouped(Hooked):
     kind = GroupedExperts
 
 
+# ---- around it ------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Two layers of a kind."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): Hooked(rank, world, each) for i in range(2)})
+        with torch.no_grad():
+            for p in self.layers["1"].parameters():
+                p.mul_(0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = x + layer(F.rms_norm(x, (WIDTH,)))
+        return x
+
+
+class Halves(Gshard):
+    """Two groups, each with all experts between its ranks."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank % (world // 2), world // 2, each)
+        groups = [dist.new_group(list(range(half, half + world // 2))) for half in (0, world // 2)]
+        self.group = groups[rank // (world // 2)]
+
+
 # ---- reported, not rewritten ----------------------------------------------------------------------------------------
 
 
@@ -296,8 +324,8 @@ class _Centred(nn.Module):
 
 
 REPORTED: dict[str, type[nn.Module]] = {k.__name__: k for k in (Gathered, Keeping, Unlike, AcrossRows)}
-FORMS: dict[str, type[nn.Module]] = {k.__name__: k for k in (Gshard, Sorted, SortedGrouped, Hooked, HookedGrouped)}
+FORMS: dict[str, type[nn.Module]] = {k.__name__: k for k in (Gshard, Sorted, SortedGrouped, Hooked, HookedGrouped, Decoder)}
 
 
 def build(name: str, rank: int, world: int, each: int) -> nn.Module:
-    return (FORMS | REPORTED)[name](rank, world, each).train()
+    return (FORMS | REPORTED | {"Halves": Halves})[name](rank, world, each).train()

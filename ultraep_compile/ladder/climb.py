@@ -72,6 +72,11 @@ class Calls:
     exchanging: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """Modules that send rows to other ranks, in their forward or in hooks on it, and the group."""
 
+    def exchanging_inside(self, group: Siblings) -> bool:
+        """Do the siblings themselves send rows elsewhere? Then they are layers, not experts."""
+        prefix = f"{group.container}." if group.container else ""
+        return any(f"{path}.".startswith(f"{prefix}{name}.") for name in group.names for path in self.exchanging)
+
     def ranks_of(self, path: str) -> Ranks:
         """The processes that run this module together."""
         inside = [g for p, g in self.exchanging.items() if p == path or p.startswith(f"{path}.") or not path]
@@ -179,7 +184,7 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
     for candidate in [*found, *_lone(model, found, calls)]:
         kinds.setdefault(_kind(model, candidate), []).append(candidate)
     for alike in kinds.values():
-        if alike[0].group and alike[0].holder in calls.chained:
+        if alike[0].group and (alike[0].holder in calls.chained or calls.exchanging_inside(alike[0].group)):
             continue
         alike = [c for c in alike if not (c.parameters and settled.issuperset(c.parameters))]
         if not alike:

@@ -145,7 +145,7 @@ def _attempt(
     problem: Refusal | None = None
     for found in analyse(first, parts, tokens, ranks):
         try:
-            return _with_sources(owner, name, call, way, recordings, found, [*leads, *more[:2]], ranks)
+            return _with_sources(owner, name, call, way, recordings, found, [*leads[:-1], *more[:2], leads[-1]], ranks)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else problem or reason
     assert problem is not None
