@@ -252,14 +252,18 @@ def draw(record: Path) -> None:
         copies.plot(x, [p["copies"] for p in points], "o-", color=colour, label=f"by {label}")
         times.plot(x, [p["median_us"] for p in points], "o-", color=colour, label="median")
         times.plot(x, [p["worst_us"] for p in points], "^:", color=colour, label="worst")
-        for axis, key in ((copies, "copies"), (times, "median_us")):
-            for name, at, point in zip(names, x, points, strict=True):
-                axis.annotate(name, (at, point[key]), (4, 5), textcoords="offset points", fontsize=8, color=colour)
+        place = {"xytext": (6, 6), "ha": "left"} if priced else {"xytext": (-6, -11), "ha": "right"}
+        style: dict = {"textcoords": "offset points", "fontsize": 8, "color": colour, **place}
+        for name, at, point in zip(names, x, points, strict=True):
+            copies.annotate(name, (at, point["copies"]), **style)
+        for i in (0, -1):  # what lies between is crowded
+            times.annotate(names[i], (x[i], points[i]["median_us"]), **style)
     copies.set_ylabel("copies, mean")
     times.set_ylabel("microseconds from counts to plan")
     for axis in (copies, times):
         axis.set_xlabel("largest load over the mean, mean of the plans")
         axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0.94)
         axis.grid(color="#dcdcd8", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
