@@ -22,6 +22,7 @@ from ultraep_compile.multimodal.roles import no_roles, watch_roles
 from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.passes.lift import Miss, Site
+from ultraep_compile.passes.lift.nodes import upstream
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
 from ultraep_compile.preparation import as_call, prepare_call
 from ultraep_compile.worth import tokens_to_break_even
@@ -133,11 +134,19 @@ def explain(
     findings = prepare_call(model, *args, **kwargs)
     rewrites: list[Rewrite] = []
     runs: list[Rewrite] = []
+    places: dict[str, str] = {}
+    owned: dict[int, set[str]] = {}
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         rewrite = Rewrite(Options(redundant_experts=0), snapshots=[] if snapshots else None)
         rewrites.append(rewrite)
+        places.update(_place_of_break(gm))
+        given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
         run = run_passes(gm, rewrite).forward
+        for site in rewrite.sites:
+            inputs = {given[n] for p in site.params for n in upstream(p) if isinstance(given.get(n), torch.Tensor)}
+            owned[id(site)] = {names[id(t)] for t in inputs if id(t) in names}
 
         def counted(*arguments: Any) -> Any:
             runs.append(rewrite)  # layers may share one graph: it runs once for each of them
@@ -151,9 +160,10 @@ def explain(
     compiled(*args, **kwargs)
     breaks = torch._dynamo.utils.counters["graph_break"]
     reasons = [_first_lines(r) for r, n in breaks.items() if n > breaks_before.get(r, 0)]
+    reasons = [f"{r} At {places[r]}" if r in places else r for r in reasons]
     torch._dynamo.reset()
     roles = watch_roles(model, [f.path for f in findings if f.path], *args, **kwargs)
-    found = _explanation(model, findings, rewrites, runs, reasons, roles.names())
+    found = _explanation(model, findings, rewrites, runs, owned, reasons, roles.names())
     found = dataclasses.replace(found, parts=describe(model, roles, kwargs))
     if expect_moe_sites is not None and found.rewritten() != expect_moe_sites:
         raise SiteCountError(
@@ -168,6 +178,7 @@ def _explanation(
     findings: list[Finding],
     rewrites: list[Rewrite],
     runs: list[Rewrite],
+    owned: dict[int, set[str]],
     breaks: list[str],
     roles: dict[str, list[str]],
 ) -> Explanation:
@@ -177,18 +188,25 @@ def _explanation(
     held = lambda f: sum(sizes[n] for n in f.parameters) if f.rung == "lifted" else 0  # noqa: E731
     open_findings = [f for f in findings if f.rung in ("traced", "lifted")]
     done, beside = 0, 0
+    covered: set[str] = set()
     for rewrite in runs:
         for site, made in zip(rewrite.sites, rewrite.prepared.values(), strict=True):
             numbers = sum(p.meta["example_value"].numel() for p in site.params)
             finding = _finding_of(site.name, open_findings)
             name = _full_name(site.name, finding)
+            own = owned.pop(id(site), set())  # what the first run of a graph was given
+            if finding is None and own:  # a graph break left nothing of the modules' names
+                finding = next((f for f in findings if own <= set(f.parameters)), None)
+                name = finding.path if finding else name
+                numbers = sum(sizes[n] for n in own - covered)
+            covered |= own
             if finding is None:  # a layer that shares the graph of another
                 alike = [f for f in open_findings if f.rung == "lifted" and f.experts == site.experts and held(f) >= numbers]
                 finding, name = (alike[0], alike[0].path) if alike else (None, name)
-            if finding is not None:
+            if finding in open_findings:
                 open_findings.remove(finding)
                 numbers = max(numbers, held(finding))  # a parameter may have parts that no expert uses
-            else:
+            elif finding is None:
                 beside += numbers
             sites.append(_rewritten(name, site, made, finding))
             done += numbers
@@ -275,6 +293,15 @@ def _not_rewritten(finding: Finding, status: str, reason: str) -> SiteReport:
     return SiteReport(
         finding.path, status, finding.experts, finding.top_k, None, reason, finding.source, rung=finding.rung
     )
+
+
+def _place_of_break(gm: fx.GraphModule) -> dict[str, str]:
+    """Why a graph ended where it does, and the line of the model's source; nothing for one that is whole."""
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break or not why.user_stack:
+        return {}
+    at = why.user_stack[-1]
+    return {_first_lines(str(why.reason)): f"{at.filename}:{at.lineno}, in {at.name}: {at.line}"}
 
 
 def _first_lines(reason: str) -> str:
