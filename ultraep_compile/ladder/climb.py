@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.ladder.calls import Calls, watch_chain, watch_exchanges
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
 from ultraep_compile.ladder.layer import lift_layer, meets_rows_of_others, recheck, routed_product
 from ultraep_compile.ladder.lent import lent
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
-from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, noticed
 from ultraep_compile.passes.lift import Site, find_moe_sites
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -61,28 +60,6 @@ class Candidate:
     stacked: bool
 
 
-@dataclass(slots=True)
-class Calls:
-    """What a forward of the model shows of the modules in question."""
-
-    wanted: set[str]
-    first: dict[str, Call] = field(default_factory=dict)
-    chained: set[str] = field(default_factory=set)
-    """Containers whose children feed one another: layers, not experts."""
-    exchanging: dict[str, dist.ProcessGroup] = field(default_factory=dict)
-    """Modules that send rows to other ranks, in their forward or in hooks on it, and the group."""
-
-    def exchanging_inside(self, group: Siblings) -> bool:
-        """Do the siblings themselves send rows elsewhere? Then they are layers, not experts."""
-        prefix = f"{group.container}." if group.container else ""
-        return any(f"{path}.".startswith(f"{prefix}{name}.") for name in group.names for path in self.exchanging)
-
-    def ranks_of(self, path: str) -> Ranks:
-        """The processes that run this module together."""
-        inside = [g for p, g in self.exchanging.items() if p == path or p.startswith(f"{path}.") or not path]
-        return Ranks(inside[0]) if inside else ALONE
-
-
 def candidates(model: nn.Module) -> list[Candidate]:
     """By structure; outermost first."""
     found = []
@@ -104,7 +81,7 @@ def watched(model: nn.Module, found: list[Candidate]) -> Callable[[], Calls]:
     modules = dict(model.named_modules())
     exchanges = contextlib.ExitStack()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        exchanges.enter_context(_watch_exchanges(modules, calls))
+        exchanges.enter_context(watch_exchanges(modules, calls))
 
     def remember(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -116,7 +93,7 @@ def watched(model: nn.Module, found: list[Candidate]) -> Callable[[], Calls]:
         handles.append(modules[path].register_forward_pre_hook(remember(path), with_kwargs=True))
     for candidate in found:
         if candidate.group:
-            handles += _watch_chain(modules, candidate.group, calls)
+            handles += watch_chain(modules, candidate.group, calls)
 
     def done() -> Calls:
         for handle in handles:
@@ -125,55 +102,6 @@ def watched(model: nn.Module, found: list[Candidate]) -> Callable[[], Calls]:
         return calls
 
     return done
-
-
-@contextlib.contextmanager
-def _watch_exchanges(modules: dict[str, nn.Module], calls: Calls) -> Iterator[None]:
-    """Note which module sends rows to other ranks: the innermost one that is running, its hooks included."""
-    running: list[tuple[str, Call]] = []
-
-    def enter(path: str) -> Callable:
-        return lambda module, args, kwargs: running.append((path, Call(args, dict(kwargs))))
-
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        running.pop()
-
-    def note(name: str, group: dist.ProcessGroup, args: tuple) -> None:
-        if is_dispatch(name) and running:
-            calls.exchanging.setdefault(running[-1][0], group)
-            for path, call in running:
-                calls.first.setdefault(path, call)
-
-    handles = []
-    for path, module in modules.items():
-        handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        with noticed(note):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) -> list[Any]:
-    made: list[weakref.ref] = []
-    prefix = f"{group.container}." if group.container else ""
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(ref() is t for ref in made for t in given):
-            calls.chained.add(group.container)
-
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        made[:] = [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-
-    handles = []
-    for name in group.names:
-        child = modules[prefix + name]
-        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(child.register_forward_hook(after))
-    return handles
 
 
 def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Finding]:

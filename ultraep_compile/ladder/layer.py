@@ -26,13 +26,8 @@ from ultraep_compile.ladder.regions import (
     multiplied_after_selection,
 )
 from ultraep_compile.ladder.replay import Replay
-from ultraep_compile.ladder.routing import (
-    Missed,
-    Sources,
-    Unbalanceable,
-    common_sources,
-    sources,
-)
+from ultraep_compile.ladder.routing import Missed, Unbalanceable
+from ultraep_compile.ladder.sources import Sources, common_sources, sources
 from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, local
 from ultraep_compile.passes.lift.called import LiftedExperts
 from ultraep_compile.passes.lift.nodes import op_name

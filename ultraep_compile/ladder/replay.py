@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 from ultraep_compile.ladder.divided import stack_experts
 from ultraep_compile.ladder.recording import Recording, refuse_foreign
 from ultraep_compile.ladder.regions import Parts
-from ultraep_compile.ladder.routing import Routing, Sources
+from ultraep_compile.ladder.routing import Routing
 from ultraep_compile.ladder.rows import RowFunction
 from ultraep_compile.ladder.sizes import size_function
+from ultraep_compile.ladder.sources import Sources
 from ultraep_compile.ladder.together import local
 from ultraep_compile.passes.lift.nodes import functional_target
 from ultraep_compile.passes.lift.values import Refusal
