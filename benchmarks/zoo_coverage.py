@@ -3,7 +3,8 @@
     python -m benchmarks.zoo_coverage [NAME ...] [--out FILE.md]
 
 One line for each model: layers rewritten, unbalanceable and missed, the expert parameters inside rewritten graphs, seconds for
-`explain` (preparation, tracing and proof), and the first reason given for what is not rewritten.
+`explain` (preparation, tracing and proof), and the first reason given for what is not rewritten. With names, the lines of other
+models stay in the file as they are.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ def coverage(name: str) -> dict[str, Any]:
     }
 
 
+def _lines_of(record: Path) -> dict[str, str]:
+    """Model -> its line."""
+    lines = record.read_text().splitlines() if record.exists() else []
+    return {line.split("|")[2].strip(): line for line in lines if line.startswith("|")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
@@ -77,12 +84,14 @@ def main() -> None:
         "| kind | model | rewritten | unbalanceable | missed | rungs | gating | expert parameters rewritten | s | reason |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
+    earlier = _lines_of(arguments.out) if arguments.names and arguments.out else {}
     for kind, names in everything().items():
         for name in names:
-            if arguments.names and name not in arguments.names:
-                continue
-            lines.append("| " + " | ".join([kind, *(str(v) for v in coverage(name).values())]) + " |")
-            print(lines[-1], flush=True)
+            if not arguments.names or name in arguments.names:
+                lines.append("| " + " | ".join([kind, *(str(v) for v in coverage(name).values())]) + " |")
+                print(lines[-1], flush=True)
+            elif name in earlier:
+                lines.append(earlier[name])
     dist.destroy_process_group()
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")

@@ -6,6 +6,8 @@ way keeps experts apart, the same ops run on the parts that this rank holds.
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from ultraep_compile.passes.lift.nodes import CASTS, RESHAPES, held, is_call, is_unshard, op_name, tensor
@@ -58,8 +60,11 @@ def _keeps_experts_apart(node: fx.Node, experts: int) -> bool:
         return False
     if name in RESHAPES:
         source = held(node.all_input_nodes[0])
-        whole_experts = source.shape[0] % experts == 0 if is_unshard(node.all_input_nodes[0]) else source.shape[0] == experts
-        return len(node.all_input_nodes) == 1 and whole_experts  # [E*F, ...] as [E, F, ...]
+        whole_experts = source.shape[0] == experts
+        if is_unshard(node.all_input_nodes[0]):  # [E*F, ...] as [E, F, ...], or [G, E/G, ...] as [E, ...]
+            in_groups = any(math.prod(source.shape[:depth]) == experts for depth in range(2, source.ndim))
+            whole_experts = source.shape[0] % experts == 0 or in_groups
+        return len(node.all_input_nodes) == 1 and whole_experts
     if name in _BY_MATRIX:
         return all(held(a).ndim == 3 and held(a).shape[0] == experts for a in node.all_input_nodes)
     return name in _BY_ELEMENT

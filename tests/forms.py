@@ -357,6 +357,57 @@ class TwoLevels(Layer):
         return out * w[:, None]
 
 
+class GroupedEinsum(nn.Module):
+    """Experts in groups, weights [groups, experts of a group, in, out]: one choice on each level, all of it in einsums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, EXPERTS // 2)
+        self.weight = nn.Parameter(torch.randn(2, EXPERTS // 2, WIDTH, WIDTH) * 0.2)
+
+    def forward(self, x):
+        a, b = (F.one_hot(p(x).argmax(-1), p.out_features).to(x.dtype) for p in (self.outer, self.inner))
+        rows = torch.einsum("btd,bto,bti->oibtd", x, a, b)
+        return torch.einsum("oibtd,oide->bte", rows, self.weight)
+
+
+class GroupedDense(Layer):
+    """The best two experts of the best two groups; every expert computes every token, with weights that are mostly zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, EXPERTS)
+        self.up = nn.Parameter(torch.randn(3, EXPERTS, WIDTH, FFN) * 0.2)
+        self.bias = nn.Parameter(torch.randn(3, EXPERTS, FFN) * 0.2)
+        self.down = nn.Parameter(torch.randn(3, EXPERTS, FFN, WIDTH) * 0.2)
+        del self.router, self.experts
+
+    def gates(self, logits: Tensor) -> Tensor:
+        w, ids = logits.softmax(-1).topk(2, -1)
+        return torch.zeros_like(logits).scatter(-1, ids, w / w.sum(-1, keepdim=True))
+
+    def mix(self, h):
+        a = F.gelu(torch.einsum("td,gedf->tgef", h, self.up) + self.bias)
+        y = torch.einsum("tgef,gefd->tged", a, self.down)
+        return torch.einsum("tged,tg,te->td", y, self.gates(self.outer(h)), self.gates(self.inner(h)))
+
+
+class DenseEinsum(Layer):
+    """Every expert computes every token; weights, products and the sum over experts in one einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, FFN) * 0.2)
+        self.down = nn.Parameter(torch.randn(EXPERTS, FFN, WIDTH) * 0.2)
+        del self.experts
+
+    def mix(self, h):
+        w, ids = self.router(h)
+        gates = torch.zeros(h.shape[0], EXPERTS, dtype=w.dtype).scatter(1, ids, w)
+        a = F.silu(torch.matmul(h, self.up))
+        return torch.einsum("te,etf,efd->td", gates, a, self.down)
+
+
 class GroupedBySizes(nn.Module):
     """Experts as products cut by sizes that Python has read, as in mixtures of attention heads."""
 
@@ -477,11 +528,14 @@ LIFTED: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (
         LoopOverHit, LoopWithGaps, LoopByMask, LoopSorted, LoopStacked, FlatWeights, SwitchCapacity, CapacityEinsum,
-        DenseScaled, DenseGated, WideRouter, IdentityBeyond, Twice, ByTable, PickySecond, TwoLevels, GroupedBySizes, LowRankExperts,
+        DenseScaled, DenseGated, WideRouter, IdentityBeyond, Twice, ByTable, PickySecond, TwoLevels, GroupedEinsum,
+        GroupedDense, DenseEinsum, GroupedBySizes, LowRankExperts,
         WeightInside, DropoutExperts, Exchanging,
     )
 }  # fmt: skip
 SITES = {"TwoLevels": 2, "GroupedBySizes": 2}
+COUNTS = {"GroupedDense": 12}
+"""Experts, where they are not `EXPERTS`."""
 
 
 # ---- nothing to balance ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tests import forms
 from tests.balancing import backend, relative
 from tests.multirank import run_ranks
 from ultraep_compile import clip_grad_norm_, shard_experts
-from ultraep_compile.errors import RoutingError
+from ultraep_compile.errors import RoutingError, ShardingError
 from ultraep_compile.report import collect_reports
 
 FULL = StateDictOptions(full_state_dict=True)
@@ -312,3 +312,27 @@ def test_more_choices_than_prepared_for_are_an_error_on_all_ranks() -> None:
     assert first == second
     assert [bool(text) for text in first] == [False, True, False]
     assert "on rank 1, token 0 has weights for 4 experts, but no token had more than" in first[1]
+
+
+def _groups(rank: int) -> tuple[int, str]:
+    """Experts in groups: a rank keeps whole groups."""
+    mesh = init_device_mesh("cpu", (2,))
+    single, _ = forms.build("GroupedEinsum")
+    x = torch.randn(2, 16, forms.WIDTH, generator=torch.Generator().manual_seed(1))
+    model = shard_experts(copy.deepcopy(single), mesh, (x[:1],))
+    assert isinstance(model.weight, DTensor) and tuple(model.weight.shape) == tuple(single.weight.shape)
+    reference = _mean_step(single, x)
+    _close(_sharded_step(model, x[rank : rank + 1]), reference)
+    compiled = torch.compile(model, backend=backend())
+    with collect_reports() as collected:
+        _close(_sharded_step(compiled, x[rank : rank + 1]), {f"_orig_mod.{n}" if n != "loss" else n: g for n, g in reference.items()})
+    assert not any("unshard" in g.graph_module.code for g in collected.graphs)
+    three, _ = forms.build("GroupedDense")
+    with pytest.raises(ShardingError, match=r"GroupedDense: .* holds 12 experts in 3 groups, which cannot be divided over 2 ranks") as error:
+        shard_experts(three, mesh, (x[:1],))
+    return sum(len(g.prepared) for g in collected.graphs), str(error.value)
+
+
+def test_experts_in_groups_are_divided_by_groups() -> None:
+    (first, said), (second, _) = run_ranks(2, _groups)
+    assert first == second == 1 and said.endswith("Use a mesh of a size out of [1, 3].")

@@ -66,6 +66,12 @@ _GEMMA4 = {
 }  # fmt: skip
 _ERNIE = {"moe_num_experts": 8, "moe_k": 2}
 _ARIA = {"moe_num_experts": 8, "moe_topk": 2}
+_NLLB = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_experts": 4, "expert_capacity": 8, "encoder_sparse_step": 2,
+    "decoder_sparse_step": 2, "dropout": 0.0, "attention_dropout": 0.0, "moe_token_dropout": 0.0, "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}  # fmt: skip
 _KIMI = {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_tok": 2}
 _GLM5 = {
     "qk_rope_head_dim": 0, "index_kpool": 2, "layer_types": ["deepseek_sparse_attention", "linear_attention"],
@@ -100,6 +106,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family("Dots1ForCausalLM", "dots1", 1),
     "minimax": Family("MiniMaxForCausalLM", "minimax"),
     "minimax_m2": Family("MiniMaxM2ForCausalLM", "minimax_m2"),
+    "nllb_moe": Family("NllbMoeForConditionalGeneration", "nllb-moe", sizes=_NLLB),
     "longcat_flash": Family("LongcatFlashForCausalLM", "longcat_flash", 1, _LONGCAT),
     "aria_text": Family("AriaTextForCausalLM", "aria_text", sizes=_ARIA),
     "granitemoeshared": Family("GraniteMoeSharedForCausalLM", "granitemoeshared", sizes=_QUIET | {"shared_intermediate_size": 24}),
@@ -171,6 +178,10 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+LOOPS = frozenset({"nllb_moe", "longcat_flash", "aria_text", "aria", "llama4", "step3p7"})
+"""Families whose experts have one implementation only."""
+
+
 def _configured(kind: str, shared: Sizes, sizes: Sizes, **more: Any) -> Any:
     config = zoo_wide._transformers().CONFIG_MAPPING[kind]
     own = {k: v for k, v in sizes.items() if v is not zoo._UNSET}
@@ -196,7 +207,8 @@ def build(name: str, experts: str = "batched_mm", seed: int = 0) -> tuple[nn.Mod
     family = FAMILIES[name]
     torch.manual_seed(seed)
     kind = getattr(zoo_wide._transformers(), family.model)
-    model = kind._from_config(_config(family), experts_implementation=experts)
+    chosen = {} if name in LOOPS else {"experts_implementation": experts}
+    model = kind._from_config(_config(family), **chosen)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "bias" in key:

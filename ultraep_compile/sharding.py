@@ -10,6 +10,7 @@ freezing, checkpointing) it is the `DTensor` itself. Layers that were lifted gat
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,15 @@ class _Layer:
     def stacks(self) -> Iterator[str]:
         """Parameters in which the experts stand one after the other."""
         for names in self.facts.holders:
-            if len(names) == 1 and self.module.get_parameter(names[0]).shape[0] % (self.facts.experts or 1) == 0:
+            shape = self.module.get_parameter(names[0]).shape
+            if len(names) == 1 and (shape[0] % (self.facts.experts or 1) == 0 or self.groups_of(names[0])):
                 yield names[0]
+
+    def groups_of(self, name: str) -> int | None:
+        """Groups along the first dim of a parameter [groups, experts of a group, ...]; None where experts have one dim."""
+        shape, experts = self.module.get_parameter(name).shape, self.facts.experts
+        several = any(math.prod(shape[:depth]) == experts for depth in range(2, len(shape) - 1))
+        return shape[0] if several and shape[0] != experts else None
 
 
 def shard_experts(
@@ -113,6 +121,7 @@ def shard_experts(
     if not (layers or stacks) and not any(is_sharded(m) for m in model.modules()):
         raise ShardingError(f"no experts found that could be divided: {_what_there_is(model)}")
     ranks, group = mesh.size(), mesh.get_group().group_name
+    _refuse_uneven_groups(layers, ranks)
     for path, experts in [*((s.path, s.experts) for s in stacks), *((x.path, x.facts.experts or 1) for x in layers)]:
         if experts % ranks:
             fits = [r for r in range(1, experts + 1) if experts % r == 0]
@@ -143,6 +152,19 @@ def _refuse_divided(model: nn.Module) -> None:
                 f"{path or type(module).__name__} divides its experts over {layer.facts.ranks} ranks by itself, and is balanced over these: "
                 "leave shard_experts out and compile the model with backend='ultraep'."
             )
+
+
+def _refuse_uneven_groups(layers: list[_Layer], ranks: int) -> None:
+    """Parameters are divided along their first dim: where experts stand in groups, a rank keeps whole groups."""
+    for layer in layers:
+        for name in layer.stacks():
+            count = layer.groups_of(name) or ranks
+            if count % ranks:
+                fits = [r for r in range(1, count + 1) if count % r == 0]
+                raise ShardingError(
+                    f"{layer.path or type(layer.module).__name__}: {name} holds {layer.facts.experts} experts in {count} groups, "
+                    f"which cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
+                )
 
 
 def _what_to_divide(model: nn.Module) -> tuple[list[_Layer], list[_Stack]]:

@@ -139,11 +139,12 @@ def _slots(
             n = int(last[-1])  # what is behind belongs to no expert
             number = torch.searchsorted(last, torch.arange(n), right=True)
         elif expert == ALL:
-            axis = [d for d in range(x.dim() - 1) if x.shape[d] == parts.experts]
+            depth = len(parts.lead)
+            axis = [d for d in range(x.dim() - depth) if tuple(x.shape[d : d + depth]) == parts.lead]
             if not axis:
-                raise Refusal(f"the experts' input {list(x.shape)} has no dim of {parts.experts} experts")
+                raise Refusal(f"the experts' input {list(x.shape)} has no dims of {' x '.join(map(str, parts.lead))} experts")
             shape = [1] * (x.dim() - 1)
-            shape[axis[0]] = parts.experts
+            shape[axis[0] : axis[0] + depth] = parts.lead
             number = torch.arange(parts.experts).view(shape).expand(x.shape[:-1]).reshape(-1)
         else:
             number = torch.full((n,), expert)

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.ladder.explicit import explicit
 from ultraep_compile.ladder.together import noticed
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -193,6 +194,10 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.paused or name in _UNRECORDED:
             return func(*args, **kwargs)
+        if not kwargs and name in ("einsum", "matmul", "__matmul__"):
+            with self:  # its steps are recorded
+                if (out := explicit(name, args)) is not None:
+                    return out
         if "dropout" in name:  # a random draw says nothing; its node is kept
             out = args[0] if args else kwargs["input"]
             out = out.clone()

@@ -6,6 +6,7 @@ all experts at once, one dim of its operands runs over the experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ class Parts:
     """Node -> experts whose weights it was computed from."""
     views: set[fx.Node]
     """Nodes that are views of per-expert tensors: weights, not data."""
+    lead: tuple[int, ...] = ()
+    """Of experts together: the leading dims that run over them, one or several (experts in groups)."""
 
     @property
     def present(self) -> frozenset[int]:
@@ -75,9 +78,9 @@ def find_parts(recording: Recording, owned: dict[str, tuple[str, int]], count: i
         holders: dict[str, list[str]] = {}
         for name, (role, _) in owned.items():
             holders.setdefault(role, []).append(name)
-        experts = count
+        experts, lead = count, ()
     else:
-        parts, experts = _blocks(recording)
+        parts, experts, lead = _blocks(recording)
         holders = {p.role: [p.role] for p in parts.values()}
     views = set(parts)
     for node in recording.graph.nodes:
@@ -88,7 +91,7 @@ def find_parts(recording: Recording, owned: dict[str, tuple[str, int]], count: i
     for node in recording.graph.nodes:
         found = frozenset().union(*(label[a] for a in node.all_input_nodes))
         label[node] = found | ({parts[node].expert} if node in parts else frozenset())
-    return Parts(parts, experts, holders, label, views)
+    return Parts(parts, experts, holders, label, views, lead)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -96,8 +99,8 @@ def _is_view(node: fx.Node) -> bool:
     return name in VIEWS | CASTS
 
 
-def _blocks(recording: Recording) -> tuple[dict[fx.Node, Part], int]:
-    """Blocks of parameters that views pick, and stacked parameters that are used whole."""
+def _blocks(recording: Recording) -> tuple[dict[fx.Node, Part], int, tuple[int, ...]]:
+    """Blocks of parameters that views pick, or stacked parameters that are used whole; and over how many experts, in which dims."""
     roots = {n: n.meta["parameter"] for n in recording.graph.nodes if n.meta.get("parameter")}
     chain = dict(roots)
     blocks: dict[fx.Node, Part] = {}
@@ -126,14 +129,28 @@ def _blocks(recording: Recording) -> tuple[dict[fx.Node, Part], int]:
         blocks = {n: p for n, p in blocks.items() if sizes[p.role] == common}
         counts = {common}
     if counts:
-        return blocks, counts.pop()
+        return blocks, counts.pop(), ()
     stacked = {name: node for name, node in whole.items() if recording.raw[node].dim() >= 3}
     shapes = [tuple(recording.raw[n].shape) for n in stacked.values()]
     if not shapes:
         raise Refusal("no parameter is used expert by expert, nor one with a dim of experts")
-    experts = max({s[0] for s in shapes}, key=[s[0] for s in shapes].count)
-    together = {n: Part(name, ALL) for name, n in whole.items() if recording.raw[n].shape[:1] == (experts,)}
-    return together, experts
+    depth = _expert_dims(recording, chain)
+    leads = [s[:depth] for s in shapes]
+    lead = max(set(leads), key=leads.count)
+    together = {n: Part(name, ALL) for name, n in whole.items() if tuple(recording.raw[n].shape[:depth]) == lead}
+    return together, math.prod(lead), lead
+
+
+def _expert_dims(recording: Recording, weights: dict[fx.Node, str]) -> int:
+    """How many leading dims of stacked weights run over experts: all but the two of the matrices, where products agree on it."""
+    found = {
+        recording.raw[a].dim() - 2
+        for n in recording.graph.nodes
+        if n.op.startswith("call") and op_name(n) in PRODUCTS
+        for a in n.all_input_nodes
+        if a in weights and a in recording.raw and recording.raw[a].dim() >= 3
+    }
+    return found.pop() if len(found) == 1 else 1
 
 
 def _root(node: fx.Node) -> fx.Node:

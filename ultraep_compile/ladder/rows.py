@@ -128,8 +128,8 @@ class _Writer:
     def _part(self, node: fx.Node) -> fx.Node:
         """The stacked parameter, seen as the recorded part is seen."""
         part, raw = self.parts.parts[node], self.recording.raw[node]
-        shape = raw.shape[1:] if part.expert == ALL else raw.shape
-        stride = raw.stride()[1:] if part.expert == ALL else raw.stride()
+        depth = len(self.parts.lead)
+        shape, stride = raw.shape[depth:], raw.stride()[depth:]
         order = sorted(range(len(shape)), key=lambda d: -stride[d])
         layout = tuple(shape[d] for d in order)
         if self.layouts.setdefault(part.role, layout) != layout:
@@ -158,13 +158,15 @@ class _Writer:
         source = args[0]
         if not isinstance(source, _Theta) or len([v for v in _leaves((args, kwargs)) if isinstance(v, _Theta)]) != 1:
             raise Refusal(f"{name} of weights alone")
-        together = next(iter(self.parts.present)) == ALL
-        shift = 0 if together else 1
+        depth = len(self.parts.lead)
+        shift = 1 - depth
         out = self.recording.raw.get(node)
         if name == "t" or (name == "getattr" and args[-1] in ("T", "mT")):
             return self.graph.call_method("transpose", (source.node, -2, -1))
         if name in RESHAPES and out is not None:
-            return self.graph.call_method("reshape", (source.node, (-1, *out.shape[1 - shift :])))
+            return self.graph.call_method("reshape", (source.node, (-1, *out.shape[depth:])))
+        if depth > 1 and name not in CASTS:
+            raise Refusal(f"{name} of weights with {depth} dims of experts")
         if name in ("transpose", "swapaxes", "unsqueeze", "squeeze", "select"):
             dims = [d + shift if isinstance(d, int) and d >= 0 else d for d in args[1:]]
             return self.graph.call_method(name, (source.node, *dims), kwargs)
@@ -248,13 +250,13 @@ class _Writer:
     def _take(self, theta: _Theta, recorded: fx.Node, inner: int) -> fx.Node:
         """Each row's part, shaped to meet rows with `inner` dims of their own."""
         value = self.recording.raw[recorded]
-        together = next(iter(self.parts.present)) == ALL
-        shape = value.shape[1:] if together else value.shape
+        depth = len(self.parts.lead)
+        shape = value.shape[depth:]
         own = shape[max(0, len(shape) - inner) :]
         if math.prod(own) != math.prod(shape):
             raise Refusal(f"an expert's tensor {list(shape)} meets rows with {inner} dims")
         node = theta.node
-        if together and len(own) != len(shape):
+        if depth and len(own) != len(shape):
             node = self.graph.call_method("reshape", (node, (-1, *own)))
         padded = (*(1,) * (inner - len(own)), *own)
         taken = self.graph.call_function(expert_take, (node, self.ids))

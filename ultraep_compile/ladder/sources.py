@@ -162,7 +162,7 @@ def _weights(
                 yield node, "pairs", factor
         if pairs is not None and not pairs.distinct:
             continue
-        if value.numel() == tokens * experts and value.shape[-1] == experts and _leads(value, tokens):
+        if value.numel() == tokens * experts and _leads(value, tokens):  # the dims behind run over the experts
             whole = value.reshape(tokens, experts).double()
             if pairs is not None:
                 ids_values = whole[dense != 0]
