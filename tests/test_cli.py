@@ -27,7 +27,7 @@ value = 5
 
 
 def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """The command in a process that was forked after the imports."""
+    """The command in a process that was forked after the imports, and may start none itself."""
     (process,) = start_processes(1, _command, arguments, str(cwd))
     process.join(timeout)
     printed = [(cwd / name).read_text() for name in ("stdout", "stderr")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_cli import run
+from tests.test_cli import run_alone
 from ultraep_compile import digits
 from ultraep_compile.cli import main
 from ultraep_compile.demo_page import chart
@@ -21,7 +21,7 @@ from ultraep_compile.local_processes import run_local
 
 
 def test_short_run(tmp_path: Path) -> None:
-    done = run("demo", "--multimodal", "--steps", "3", "--processes", "2", "--out", "out", cwd=tmp_path)
+    done = run_alone("demo", "--multimodal", "--steps", "3", "--processes", "2", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     (difference,) = re.findall(r"differs from that of one process, .* by at most (\S+) \(relative\)", said)
@@ -43,7 +43,7 @@ def test_short_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_learns(tmp_path: Path) -> None:
-    done = run("demo", "--multimodal", "--out", "out", cwd=tmp_path, timeout=1200)
+    done = run_alone("demo", "--multimodal", "--out", "out", cwd=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stderr
     (share,) = re.findall(r"reads (\d+\.\d)% of", " ".join(done.stdout.split()))
     assert float(share) > 90
