@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import forms, zoo
@@ -272,6 +272,15 @@ def test_experts_of_a_layer_that_is_missed_are_refused_with_the_reason() -> None
     layer, inputs = forms.build("SoftMixture")
     with fake_group(4), pytest.raises(ShardingError, match="experts is unbalanceable: every expert computes every token"):
         shard_experts(layer, init_device_mesh("cpu", (4,)), inputs)
+
+
+def test_experts_that_tensor_parallelism_has_divided_are_refused_by_name() -> None:
+    model = zoo.HandMoE()
+    with fake_group(2):
+        mesh = init_device_mesh("cpu", (2,))
+        model.up = nn.Parameter(DTensor.from_local(model.up.detach(), mesh, [Shard(2)]))
+        with pytest.raises(ShardingError, match=r"HandMoE\.up is divided already, by .*Shard\(dim=2\).* Call shard_experts first"):
+            shard_experts(model, mesh)
 
 
 def test_a_tie_to_something_else_is_refused_by_name() -> None:

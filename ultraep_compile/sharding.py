@@ -129,6 +129,7 @@ def shard_experts(
                 f"{path}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
             )
     for stack in stacks:
+        _refuse_foreign_shards(stack)
         _refuse_unregistered(stack.path, stack.module, stack.experts)
     _refuse_foreign_ties(model, layers, stacks)
     if ranks < dist.get_world_size():
@@ -151,6 +152,18 @@ def _refuse_divided(model: nn.Module) -> None:
             raise ShardingError(
                 f"{path or type(module).__name__} divides its experts over {layer.facts.ranks} ranks by itself, and is balanced over these: "
                 "leave shard_experts out and compile the model with backend='ultraep'."
+            )
+
+
+def _refuse_foreign_shards(stack: _Stack) -> None:
+    """Experts that tensor parallelism or FSDP2 has divided are not whole experts on any rank."""
+    for name in stack.names:
+        tensor = stack.module.get_parameter(name) if name in stack.module._parameters else stack.module.get_buffer(name)
+        if isinstance(tensor, DTensor):
+            raise ShardingError(
+                f"{stack.path or type(stack.module).__name__}.{name} is divided already, by {tensor.placements} over a mesh of "
+                f"{tensor.device_mesh.size()} ranks. Call shard_experts first, and leave the experts' parameters out of tensor "
+                "parallelism and fully_shard (ignored_params)."
             )
 
 
