@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=4, help="for `ours`, on every rank")
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--transport", default="auto", help="auto takes symmetric memory where there is any")
-    parser.add_argument("--modes", nargs="*", default=list(PLANNERS), choices=list(PLANNERS))
+    parser.add_argument("--modes", nargs="+", default=list(PLANNERS), choices=list(PLANNERS))
     parser.add_argument("--trace", type=Path, help="folder for one step of every mode, as Perfetto reads it")
     parser.add_argument("--tolerance", type=float, default=2e-2)
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", default="large")
@@ -286,25 +286,25 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    results = {}
+    results, record = {}, {}
     for mode in arguments.modes:
         results[mode] = run_mode(mode, arguments, mesh, device)
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    record = {
-        "command": f"torchrun --nproc-per-node {dist.get_world_size()} -m benchmarks.training_steps",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "ranks": dist.get_world_size(),
-        "torch": torch.__version__,
-        "arguments": {k: v for k, v in vars(arguments).items() if k not in ("json", "trace")},
-        "check": check(results, arguments.tolerance),
-        "results": results,
-    }
-    if dist.get_rank() == 0:
-        if arguments.json:
+        record = {
+            "command": f"torchrun --nproc-per-node {dist.get_world_size()} -m benchmarks.training_steps",
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "ranks": dist.get_world_size(),
+            "torch": torch.__version__,
+            "arguments": {k: v for k, v in vars(arguments).items() if k not in ("json", "trace")},
+            "check": check(results, arguments.tolerance),
+            "results": results,
+        }
+        if arguments.json and dist.get_rank() == 0:  # now: a run that is stopped later keeps what it measured
             arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if dist.get_rank() == 0:
         _show(record)
     dist.destroy_process_group()
     if "wrong" in record["check"]:
