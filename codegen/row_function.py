@@ -11,12 +11,13 @@ Weights, slots in particular, are inputs of both programs and never kept.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,10 +201,20 @@ def compile_row_function(
     text = row_function.print_readable(print_output=False, include_stride=False, include_device=False)
     key = (row_function.code, text, signature, fuse)
     if key not in _programs:
-        with unset_fake_temporarily():
+        with unset_fake_temporarily(), _undisturbed():
             program = _trace(row_function, signature, is_product, is_take)
         _programs[key] = dataclasses.replace(program, fuse=fuse)
     return _programs[key]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Whatever the user's step runs under (activations offloaded by hooks, anomaly detection) is no concern of the trace: its
+    tensors hold nothing.
+    """
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with as_it_is, torch.autograd.set_detect_anomaly(False):
+        yield
 
 
 def _trace(row_function: fx.GraphModule, sig: RowSignature, is_product: Callable, is_take: Callable) -> RowProgram:

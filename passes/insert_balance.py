@@ -16,6 +16,7 @@ from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.ops.routing import must_agree
 from ultraep_compile.passes.lift import Site, expert_mm, expert_take, replace_site
 from ultraep_compile.passes.lift.nodes import is_attribute, is_unshard, upstream
+from ultraep_compile.passes.lift.sizes import size_of
 from ultraep_compile.passes.own_part import own_part
 
 
@@ -111,7 +112,8 @@ def _value(node: fx.Node | None) -> torch.Tensor:
 
 def _spec(node: fx.Node, leading: int) -> TensorSpec:
     value = _value(node)
-    shape = tuple(value.shape[leading:])
-    if not all(isinstance(d, int) for d in shape):
+    shape = tuple(size_of(d) for d in value.shape[leading:])  # of a model compiled with dynamic=True, numbers may be SymInts
+    fixed = tuple(d for d in shape if isinstance(d, int))
+    if fixed != shape:
         raise ValueError(f"{node.name} has a symbolic inner size {shape}")
-    return TensorSpec(shape, value.dtype)
+    return TensorSpec(fixed, value.dtype)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from ultraep_compile.config import Options
 from ultraep_compile.errors import TopologyError, UltraEPError
@@ -53,6 +54,7 @@ def detect_moe_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
                 rewrite.owners.append(owner)
             else:
                 rewrite.misses.append(found)
+        rewrite.misses += _hidden(owner)
     return gm
 
 
@@ -71,17 +73,30 @@ _TRANSPARENT = ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap
 def _bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph and the bodies that it calls as a whole, like those of activation checkpoints."""
     out = [gm]
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "_name", "") in _TRANSPARENT:
-            for argument in node.args:
-                body = (
-                    getattr(gm, str(argument.target), None)
-                    if isinstance(argument, fx.Node) and argument.op == "get_attr"
-                    else None
-                )
-                if isinstance(body, fx.GraphModule) and body not in out:
-                    out += _bodies(body)
+    for name, body in _called_bodies(gm):
+        if name in _TRANSPARENT and body not in out:
+            out += _bodies(body)
     return out
+
+
+def _called_bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """(name of the operator, graph that it is given)."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+            continue
+        for argument in node.args:
+            if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                body = getattr(gm, str(argument.target), None)
+                if isinstance(body, fx.GraphModule):
+                    yield node.target.name(), body
+
+
+def _hidden(gm: fx.GraphModule) -> Iterator[Miss]:
+    """Layers in bodies that may run or not, or any number of times (`cond`, `while_loop`, `map`)."""
+    for name, body in _called_bodies(gm):
+        if name not in _TRANSPARENT:
+            for found in (x for owner in _bodies(body) for x in _sites_or_reason(owner)):
+                yield Miss(found.name, found.source, f"it is in the body of {name}, which may run on some ranks only", found.anchors)
 
 
 def topology_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:

@@ -70,6 +70,7 @@ def test_errors() -> None:
         "OptionError",
         "TopologyError",
         "RoutingError",
+        "DerivativeError",
         "LoadsError",
         "SiteCountError",
         "TargetError",
@@ -83,7 +84,7 @@ def test_errors() -> None:
         "PeerTimeoutError",
     }
     not_of_values = {n for n in known if not issubclass(getattr(errors, n), ValueError)}
-    assert not_of_values == {"UltraEPError", "SiteCountError", "VerificationError", "PeerTimeoutError"}
+    assert not_of_values == {"UltraEPError", "SiteCountError", "DerivativeError", "VerificationError", "PeerTimeoutError"}
 
 
 def test_json_of_explain() -> None:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tests import pretraining_style, zoo
 from tests.balancing import assert_as_good_as_eager, backend, oracle_step, prepared, relative, step
+from ultraep_compile.codegen import row_function
 from ultraep_compile.config import Options
 from ultraep_compile.cost_model import Layer
 from ultraep_compile.errors import OptionError, RoutingError
 from ultraep_compile.ops import routing
+from ultraep_compile.passes.lift import verify
 from ultraep_compile.report import collect_reports
 from ultraep_compile.worth import NEVER, _solved
 
@@ -123,6 +125,55 @@ def test_deterministic_algorithms() -> None:
     for name, grad in eager.grads.items():
         assert torch.equal(first.grads[name], again.grads[name]), name
         assert relative(first.grads[name], grad) < 1e-5, name
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        pytest.param(torch.autograd.graph.save_on_cpu, id="activations offloaded"),
+        pytest.param(torch.autograd.set_detect_anomaly, id="anomaly detection"),
+        pytest.param(lambda: default_dtype(torch.bfloat16), id="default dtype"),
+        pytest.param(lambda: torch.device("meta"), id="default device"),
+        pytest.param(torch.profiler.profile, id="profiler"),
+    ],
+)
+def test_what_a_step_runs_under(around: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes that are entered around the first step as around others cost no balance: layers are found and proven for the first
+    time under them.
+    """
+    monkeypatch.setattr(row_function, "_programs", {})
+    monkeypatch.setattr(verify, "_proven", set())
+    (model, plain), x = pair(), batch()
+    eager = step(plain, plain, {"x": x})
+    enter = around if around is not torch.autograd.set_detect_anomaly else lambda: around(True)
+    with collect_reports() as collected, enter():
+        ours = step(model, model, {"x": x})
+    assert rewritten(collected) == 1
+    assert all(relative(ours.grads[n], g) < 1e-5 for n, g in eager.grads.items())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_sizes_that_are_all_dynamic_or_none(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = zoo.HandMoE()
+    compiled = torch.compile(model, backend=backend(ranks=4), dynamic=dynamic, fullgraph=True)
+    shapes = [(2, 16), (3, 7), (1, 1)]
+    with collect_reports() as collected:
+        for rows, length in shapes:
+            ours, eager = step(compiled, model, {"x": batch(rows, length)}), step(model, model, {"x": batch(rows, length)})
+            assert all(relative(ours.grads[n], g) < 1e-5 for n, g in eager.grads.items())
+    assert rewritten(collected) == len(collected.graphs) <= len(shapes)
 
 
 # ---- several models, several compilations, faults -------------------------------------------------------------------

@@ -22,6 +22,10 @@ class RoutingError(UltraEPError, ValueError):
     """The router produced scores or expert ids that no expert can serve."""
 
 
+class DerivativeError(UltraEPError, NotImplementedError):
+    """A derivative is asked for that balanced experts do not have: a second one, or one in forward mode."""
+
+
 class LoadsError(UltraEPError, ValueError):
     """A load matrix has a wrong shape, type or sign."""
 

@@ -54,6 +54,9 @@ class _Search:
         if not any(is_weighty(self.facts, a) for a in anchors):
             return None
         name = _unique(_name(ids, anchors), self.names)
+        if transform := self.facts.transform_at(self.facts.order[anchors[0]]):
+            inside = f"it runs inside of {transform}, and balanced experts have ordinary gradients only"
+            return Miss(name, source_line(anchors[0]), inside, anchors) if any(map(feeds_product, anchors)) else None
         try:
             found = self._twin(name, ids, anchors) or self._lift(name, ids, anchors)
         except Exception as error:  # our mistake must not break the user's compilation

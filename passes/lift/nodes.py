@@ -36,6 +36,9 @@ VIEWS = RESHAPES | {
     "chunk", "split", "unbind", "getattr", "expand",
 }  # fmt: skip
 _RANDOM = frozenset({"bernoulli", "multinomial", "normal", "uniform", "exponential", "gumbel_softmax", "rrelu"})
+_TRANSFORM = re.compile(
+    r"_(?P<kind>vmap|grad|jvp)_((?P<begin>increment)|decrement)_nesting|_((?P<enter>enter)|exit)_dual_level"
+)
 _OPERATORS_IN_PLACE = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
@@ -243,6 +246,25 @@ class GraphFacts:
                 if tensor(node) is not None and not functional_target(node)[0] and not draws_random(node):
                     found.add(node)
         return frozenset(found)
+
+    @functools.cached_property
+    def _transforms(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(index, what torch.func and forward-mode AD have opened from there on), at every change."""
+        opened: list[str] = []
+        changes = []
+        for index, node in enumerate(self.nodes):
+            if found := _TRANSFORM.fullmatch(op_name(node)):
+                if found["begin"] or found["enter"]:
+                    opened.append(found["kind"] or "forward-mode AD")
+                elif opened:
+                    opened.pop()
+                changes.append((index, tuple(opened)))
+        return changes
+
+    def transform_at(self, index: int) -> str:
+        """The innermost transform that a place in the graph is inside of: `vmap`, `grad`, `jvp`, `forward-mode AD`, or ""."""
+        opened = next((opened for at, opened in reversed(self._transforms) if at < index), ())
+        return opened[-1] if opened else ""
 
     @functools.cached_property
     def _modes(self) -> list[tuple[int, tuple]]:

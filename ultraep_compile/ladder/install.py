@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ultraep_compile.ladder.divided import division_of, own_forward
 from ultraep_compile.ladder.recording import Call, is_sizes
@@ -121,7 +122,7 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
     base = type(owner)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and self.training in layer.functions:
+        if torch.compiler.is_compiling() and self.training in layer.functions and _is_ordinary():
             tensors = layer.pattern.inputs(args, kwargs)
             if tensors is not None and _good_for(layer.facts, tensors):
                 return layer.functions[self.training](self, *tensors)
@@ -131,6 +132,11 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
     layer.code = layer.code or forward.__code__.replace()
     forward.__code__ = layer.code
     swap_class(owner, {"forward": forward, _LAYER: layer})
+
+
+def _is_ordinary() -> bool:
+    """Is this no transform of torch.func, and no forward-mode AD? The balanced experts have gradients, and no more."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and forward_ad._current_level < 0
 
 
 def keep_counts(owner: nn.Module) -> None:

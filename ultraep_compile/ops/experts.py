@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.ops import watch
+from ultraep_compile.ops.derivatives import only_first_derivatives
 from ultraep_compile.ops.dispatch import EVERYTHING, Positions, Round, buffer_rows
 from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
 from ultraep_compile.ops.layout import ExpertLayout
@@ -306,3 +307,4 @@ def _backward(ctx, grads):
 
 
 experts.register_autograd(_backward, setup_context=_setup)
+only_first_derivatives(experts, experts_backward)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultraep_compile.ops.derivatives import only_first_derivatives
 from ultraep_compile.ops.transport import CollectiveTransport, transport_for
 
 
@@ -52,3 +53,4 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 unshard.register_autograd(
     lambda ctx, grad: (reshard_grad(grad.contiguous(), ctx.ranks, ctx.group), None, None, None), setup_context=_setup
 )
+only_first_derivatives(unshard, reshard_grad)
