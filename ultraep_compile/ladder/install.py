@@ -136,7 +136,7 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
 
 def _is_ordinary() -> bool:
     """Is this no transform of torch.func, and no forward-mode AD? The balanced experts have gradients, and no more."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and forward_ad._current_level < 0
+    return torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and forward_ad._current_level < 0  # pyright: ignore
 
 
 def keep_counts(owner: nn.Module) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.errors import DerivativeError
