@@ -31,6 +31,7 @@ def test_public_names() -> None:
         "explain",
         "pipeline",
         "prepare",
+        "real_tokens",
         "shard_experts",
         "ultraep",
     ]

@@ -26,6 +26,7 @@ _PUBLIC = {
     "explain": "explanation",
     "pipeline": "executor.pipeline",
     "prepare": "preparation",
+    "real_tokens": "ops.padding",
     "shard_experts": "sharding",
     "ultraep": "backend",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "pipeline",
     "prepare",
+    "real_tokens",
     "shard_experts",
     "ultraep",
 ]
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from ultraep_compile.errors import UltraEPError
     from ultraep_compile.executor.pipeline import pipeline
     from ultraep_compile.explanation import explain
+    from ultraep_compile.ops.padding import real_tokens
     from ultraep_compile.preparation import prepare
     from ultraep_compile.sharding import shard_experts
 

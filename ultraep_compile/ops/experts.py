@@ -109,14 +109,14 @@ class _Call:
             yield self.positions.round(index, self.capacity, self.rows)
 
 
-def _weights(site: ExpertSite, params: list[Tensor], slot_expert_RS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _weights(key: str, params: list[Tensor], slot_expert_RS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Masters computed here, read in place, and freshly filled slots."""
-    started = time.perf_counter()
+    site, started = _sites[key], time.perf_counter()
     slots = [site.transport.fill_slots(p, slot_expert_RS, site.layout) for p in params]
     if site.group:
         here = site.transport.hosted.start * site.layout.masters
         params = [p[here : here + site.layout.masters] if _is_whole(site, p) else p for p in params]
-    watch.add_time(site.name, "replicate", started)
+    watch.add_time(key, "replicate", started)
     return params, slots
 
 
@@ -166,7 +166,8 @@ def experts(
         plan = (physical_TK, slot_expert_RS, shares_RP)
         return symmetric.forward(site, hidden, weight, *plan, params, consts, _static_rows(site, physical_TK))
     call = _Call.of(site, physical_TK, shares_RP)
-    masters, slots = _weights(site, params, slot_expert_RS)
+    watch.in_rounds(site_key, call.rounds)
+    masters, slots = _weights(site_key, params, slot_expert_RS)
     y, kept = None, []
     for trip in call.each_round():
         out, kept = site.program.forward(
@@ -227,7 +228,7 @@ def experts_backward(
         return symmetric.backward(site, grad_y, hidden, weight, *plan, params, consts, facts, kept)
     choices = physical_TK.shape[1]
     call = _Call.of(site, physical_TK, shares_RP)
-    masters, slots = _weights(site, params, slot_expert_RS)
+    masters, slots = _weights(site_key, params, slot_expert_RS)
     pair_hidden = hidden.new_empty(physical_TK.numel(), *hidden.shape[1:])
     pair_weight = None if weight is None else weight.new_empty(physical_TK.numel(), 1)
     total: Gradients = []
@@ -243,7 +244,7 @@ def experts_backward(
         total = accumulate(total, rest)
     count = len(params)
     grad_params = [
-        _to_owner(site, _is_whole(site, p), or_zero(m, like_m), or_zero(s, like_s), slot_expert_RS)
+        _to_owner(site_key, _is_whole(site, p), or_zero(m, like_m), or_zero(s, like_s), slot_expert_RS)
         for p, m, s, like_m, like_s in zip(
             params, total[:count], total[count : 2 * count], masters, slots, strict=True
         )
@@ -261,14 +262,14 @@ def _(grad_y, hidden, weight, physical_TK, slot_expert_RS, shares_RP, params, co
 
 
 def _to_owner(
-    site: ExpertSite, is_whole: bool, grad_masters: Tensor, grad_slots: Tensor, slot_expert_RS: Tensor
+    key: str, is_whole: bool, grad_masters: Tensor, grad_slots: Tensor, slot_expert_RS: Tensor
 ) -> Tensor:
     """Gradient of one parameter from the gradients of its masters and slots.
 
     Sharded: the owner's share of the gradient of the mean (or sum) of the ranks' losses. Not sharded: this process's own part,
     which averaging over the ranks (DDP) turns into the same.
     """
-    started = time.perf_counter()
+    site, started = _sites[key], time.perf_counter()
     transport, layout = site.transport, site.layout
     if not isinstance(transport, CollectiveTransport):
         grad = transport.reduce_slots(grad_masters, grad_slots, slot_expert_RS, layout)
@@ -281,7 +282,7 @@ def _to_owner(
         expert = slot_expert_RS[transport.rank].to(torch.int64)
         used = torch.nonzero(expert >= 0).flatten()
         grad[expert[used]] = grad_slots[used]  # at most one copy of an expert on a rank, never beside its master
-    watch.add_time(site.name, "grad_reduce", started)
+    watch.add_time(key, "grad_reduce", started)
     return grad.contiguous()
 
 

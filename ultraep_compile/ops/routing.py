@@ -15,6 +15,7 @@ from ultraep_compile.errors import OptionError, RoutingError
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
+from ultraep_compile.ops.padding import real_among
 from ultraep_compile.ops.transport import SymmetricTransport, Transport, transport_for
 from ultraep_compile.planner import Plan, make_plan
 
@@ -33,6 +34,7 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
     """
     started = time.perf_counter()
     transport = transport_for(ranks, group)
+    scores = _to_be_judged(scores, ids)
     if isinstance(transport, SymmetricTransport) and ids.is_cuda:
         from ultraep_compile.codegen.count_kernels import expert_counts
 
@@ -143,6 +145,15 @@ class Fault:
         )
 
 
+def _to_be_judged(scores: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Scores of padding are as good as any; those that are computed again in backward were judged in forward."""
+    if scores is None or watch.in_backward():
+        return None
+    real = real_among(ids.shape[0], scores.device)
+    rows = scores.flatten(0, -2)
+    return rows if real is None else rows.masked_fill(~real.unsqueeze(1), 0.0)
+
+
 def _score_fault(scores: Tensor | None) -> Fault | None:
     if scores is None or bool(torch.isfinite(scores).all()):
         return None
@@ -230,7 +241,7 @@ def reroute(ids: Tensor, slot_expert_RS: Tensor, shares_RP: Tensor, experts: int
 
         plan = (slot_expert_RS.contiguous(), shares_RP.contiguous())
         physical = reroute_and_place(ids, *plan, layout, transport.rank, distinct=False).physical_TK
-        watch.rerouted(site, physical, layout, started)
+        watch.rerouted(site, physical, layout, transport, started)
         return physical
     logical = physical_to_logical(slot_expert_RS, experts)
     logical = torch.where(logical < 0, experts, logical)
@@ -248,7 +259,7 @@ def reroute(ids: Tensor, slot_expert_RS: Tensor, shares_RP: Tensor, experts: int
         ordinal, (row + first[expert]).flatten(), (row + first[expert + 1]).flatten(), line, slot_expert_RS.numel() + 1
     )
     physical = order[copy % layout.physical].to(torch.int32).view_as(ids)
-    watch.rerouted(site, physical, layout, started)
+    watch.rerouted(site, physical, layout, transport, started)
     return physical
 
 
