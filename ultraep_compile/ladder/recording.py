@@ -205,7 +205,7 @@ class _Recorder(TorchFunctionMode):
             out = func(*args, **kwargs)
         if name == "__setitem__":
             self._emit("call_function", operator.setitem, args, kwargs, None)
-            self._bind(args[0], next(reversed(self.graph.nodes)))
+            self._bind(args[0], next(iter(reversed(self.graph.nodes))))
         elif any(isinstance(t, Tensor) for t in pytree.tree_leaves(out)):
             node = self._emit(*_target(func, name, args), kwargs, out)
             if str(func).startswith("_c10d_functional"):
