@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,28 +40,33 @@ def analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> li
     """Regions, the cut where the experts' output stands, slots, tokens and factors."""
     present = sorted(parts.present)
 
-    def ends_of_all() -> dict[int, list[fx.Node]]:
+    def ends_of_all() -> dict[int, list[list[fx.Node]]]:
         if not present or (ALL not in present and len(present) < 2 and ranks.size == 1):
             raise Refusal(f"{len(present)} experts ran on the probe batch, expected several")
         return {e: ends_of(recording, parts, e) for e in present}
 
     ends = ranks.agreed(ends_of_all)
     problem = Refusal("its experts' computations end in no common tensor")
-    for position in range(min(ranks.every(min(map(len, ends.values()))))):
+    for position in range(min(ranks.every(min(map(len, itertools.chain(*ends.values())))))):
         try:
-            found = _cut_at(recording, parts, tokens, {e: ends[e][position] for e in present}, ranks)
+            found = _cut_at(recording, parts, tokens, _at(ends, position), ranks)
             return [dataclasses.replace(f, position=position) for f in found]
         except Unbalanceable:
             raise
         except Refusal as reason:
             if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
                 problem = reason
-    counts = {row_count(recording.raw[all_ends[0]]) for all_ends in ends.values() if all_ends}
+    counts = {sum(row_count(recording.raw[call[0]]) for call in calls if call) for calls in ends.values()}
     raise problem if max(ranks.every(len(counts))) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
 
 
+def _at(ends: dict[int, list[list[fx.Node]]], position: int) -> list[tuple[int, fx.Node]]:
+    """(expert, the tensor that ends it) of every call of every expert."""
+    return [(expert, call[position]) for expert, calls in ends.items() for call in calls]
+
+
 def _cut_at(
-    recording: Recording, parts: Parts, tokens: int, ends: dict[int, fx.Node], ranks: Ranks
+    recording: Recording, parts: Parts, tokens: int, ends: list[tuple[int, fx.Node]], ranks: Ranks
 ) -> list[Analysis]:
     regions, plain, slots = ranks.agreed(lambda: _cut(recording, parts, ends, ranks))
     slots = slots.of_all(ranks, parts.experts)
@@ -71,23 +78,21 @@ def _cut_at(
     except Refusal as reason:
         raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
     ranks.agreed(lambda: judge(routings[0]))
-    region, rows = next(iter(regions.values())), next(iter(plain.values()))
-    found = [_weighed(recording, parts, region, rows, slots, r, ranks) for r in routings]
+    found = [_weighed(recording, parts, regions[0], plain[0], slots, r, ranks) for r in routings]
     if len(set(ranks.every(found[0].rows.module.code))) > 1:
         raise Missed("experts of different ranks do not compute the same with their weights")
     return found
 
 
 def _cut(
-    recording: Recording, parts: Parts, ends: dict[int, fx.Node], ranks: Ranks
-) -> tuple[dict[int, Region], dict[int, RowFunction], Slots]:
-    regions = {e: region_to(recording, parts, e, end) for e, end in ends.items()}
-    codes = {e: code_of(recording, parts, r, row_count(recording.raw[r.end])) for e, r in regions.items()}
-    if len(set(codes.values())) > 1:
-        first = next(iter(codes))
-        other = next(e for e in codes if codes[e] != codes[first])
-        raise Refusal(f"experts {first} and {other} do not compute the same with their weights")
-    plain = {e: row_function(recording, parts, r, scaled=False) for e, r in regions.items()}
+    recording: Recording, parts: Parts, ends: list[tuple[int, fx.Node]], ranks: Ranks
+) -> tuple[list[Region], list[RowFunction], Slots]:
+    regions = [region_to(recording, parts, e, end) for e, end in ends]
+    codes = [code_of(recording, parts, r, row_count(recording.raw[r.end])) for r in regions]
+    if len(set(codes)) > 1:
+        other = next(r for r, code in zip(regions, codes, strict=True) if code != codes[0])
+        raise Refusal(f"experts {regions[0].expert} and {other.expert} do not compute the same with their weights")
+    plain = [row_function(recording, parts, r, scaled=False) for r in regions]
     return regions, plain, _slots(recording, parts, regions, plain, ranks)
 
 
@@ -101,8 +106,8 @@ def stays_full(recording: Recording, parts: Parts, position: int) -> bool:
     if len(parts.present) != parts.experts:
         return False
     try:
-        ends = {e: ends_of(recording, parts, e)[position] for e in parts.present}
-        return is_full(_cut(recording, parts, ends, Ranks())[2])
+        ends = {e: ends_of(recording, parts, e) for e in parts.present}
+        return is_full(_cut(recording, parts, _at(ends, position), Ranks())[2])
     except (Refusal, IndexError):
         return False
 
@@ -127,18 +132,19 @@ def _weighed(
 
 
 def _slots(
-    recording: Recording, parts: Parts, regions: dict[int, Region], functions: dict[int, RowFunction], ranks: Ranks
+    recording: Recording, parts: Parts, regions: list[Region], functions: list[RowFunction], ranks: Ranks
 ) -> Slots:
-    inputs, outputs, experts, inner, counts = [], [], [], [], set()
-    for expert, region in regions.items():
-        x, y = recording.values[functions[expert].rows], recording.values[region.end]
+    inputs, outputs, experts, inner = [], [], [], []
+    counts: Counter[int] = Counter()
+    for region, function in zip(regions, functions, strict=True):
+        x, y = recording.values[function.rows], recording.values[region.end]
         n = row_count(y)
         ends = ends_of_groups(region)
         if ends:
             last = recording.values[next(iter(ends))].long()
             n = int(last[-1])  # what is behind belongs to no expert
             number = torch.searchsorted(last, torch.arange(n), right=True)
-        elif expert == ALL:
+        elif region.expert == ALL:
             depth = len(parts.lead)
             axis = [d for d in range(x.dim() - depth) if tuple(x.shape[d : d + depth]) == parts.lead]
             if not axis:
@@ -147,16 +153,16 @@ def _slots(
             shape[axis[0] : axis[0] + depth] = parts.lead
             number = torch.arange(parts.experts).view(shape).expand(x.shape[:-1]).reshape(-1)
         else:
-            number = torch.full((n,), expert)
-        counts.add(n)
-        if (weight := functions[expert].weight) is not None:
-            inner.append(recording.values[weight].reshape(-1)[:n])
+            number = torch.full((n,), region.expert)
+        counts[region.expert] += n
+        if function.weight is not None:
+            inner.append(recording.values[function.weight].reshape(-1)[:n])
         inputs.append(x.reshape(-1, x.shape[-1])[:n])
         outputs.append(y.reshape(-1, y.shape[-1])[:n])
         experts.append(number)
-    fixed = ALL in regions or (len(counts) == 1 and len(regions) == parts.experts)
-    fixed = fixed and not any(map(ends_of_groups, regions.values()))
-    mixed = ranks.size == 1 and _mixes_tokens(recording, recording.raw[next(iter(functions.values())).rows])
+    fixed = ALL in counts or (len(set(counts.values())) == 1 and len(counts) == parts.experts)
+    fixed = fixed and not any(map(ends_of_groups, regions))
+    mixed = ranks.size == 1 and _mixes_tokens(recording, recording.raw[functions[0].rows])
     return Slots(torch.cat(inputs), torch.cat(outputs), torch.cat(experts), torch.cat(inner) if inner else None, fixed, mixed)
 
 

@@ -297,6 +297,8 @@ def _target(func: Any, name: str, args: Any) -> tuple[str, Any, Any]:
             return "call_function", operator.itruediv, args
     if getattr(torch.Tensor, name, None) is func:
         return "call_method", name, args
+    if getattr(torch.Tensor, f"__{name}__", None) is func:  # an operator under another name, as `**` is
+        return "call_function", getattr(operator, f"__{name}__"), args
     return "call_function", func, args
 
 

@@ -65,6 +65,11 @@ class Parts:
     def present(self) -> frozenset[int]:
         return frozenset(p.expert for p in self.parts.values())
 
+    def role_of(self, view: fx.Node) -> str:
+        while view not in self.parts:
+            view = view.all_input_nodes[0]
+        return self.parts[view].role
+
 
 def find_parts(recording: Recording, owned: dict[str, tuple[str, int]], count: int) -> Parts:
     """Per-expert tensors: parameters of siblings, or equal blocks of larger parameters.
@@ -176,12 +181,46 @@ def _block_of(view: Tensor, root: Tensor) -> int | None:
 # ---- regions --------------------------------------------------------------------------------------------------------
 
 
-def ends_of(recording: Recording, parts: Parts, expert: int) -> list[fx.Node]:
-    """Tensors that all of an expert's computation passes through, nearest first: common dominators, seen from the end."""
-    inside = {n for n in recording.graph.nodes if parts.label[n] == {expert} and n not in parts.views}
-    first = [n for n in inside if any(a in parts.views for a in n.all_input_nodes)]
-    if not first:
+def calls_of(recording: Recording, parts: Parts, expert: int) -> list[list[fx.Node]]:
+    """The nodes that read an expert's weights, one list for each time that the expert is called.
+
+    An expert that is called again reads each of its tensors again: the n-th reading of every tensor belongs to the n-th call. One
+    that reads a tensor twice in a call, or tensors unequally often, has one call.
+    """
+    inside = [n for n in recording.graph.nodes if parts.label[n] == {expert} and n not in parts.views]
+    readings: dict[str, list[fx.Node]] = {}
+    for node in inside:
+        for role in {parts.role_of(a) for a in node.all_input_nodes if a in parts.views}:
+            readings.setdefault(role, []).append(node)
+    if not readings:
         raise Refusal(f"nothing is computed with the weights of expert {expert}")
+    counts = {len(nodes) for nodes in readings.values()}
+    calls = [list(dict.fromkeys(nodes)) for nodes in zip(*readings.values(), strict=True)] if len(counts) == 1 else []
+    if len(calls) < 2 or len({n for call in calls for n in call}) < sum(map(len, calls)) or _feed_one_another(calls):
+        return [list(dict.fromkeys(n for nodes in readings.values() for n in nodes))]
+    return calls
+
+
+def _feed_one_another(calls: list[list[fx.Node]]) -> bool:
+    """Does the first call's result reach the weights of the second? Then they are one: a layer that is used twice."""
+    seen, todo = set(calls[0]), list(calls[0])
+    later = set(calls[1])
+    while todo:
+        for user in todo.pop().users:
+            if user in later:
+                return True
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def ends_of(recording: Recording, parts: Parts, expert: int) -> list[list[fx.Node]]:
+    """For each call of an expert, tensors that all of its computation passes through, nearest first: common dominators, seen
+    from the end.
+    """
+    calls = calls_of(recording, parts, expert)
+    inside = {n for n in recording.graph.nodes if parts.label[n] == {expert} and n not in parts.views}
     backwards = nx.DiGraph()
     for node in inside:
         users = list(node.users)
@@ -197,11 +236,12 @@ def ends_of(recording: Recording, parts: Parts, expert: int) -> list[fx.Node]:
             out.append(above[out[-1]])
         return out
 
-    common: set[Any] | None = None
-    for node in first:
-        common = set(way(node)) if common is None else common & set(way(node))
-    longest = way(first[0])
-    return [n for n in longest if n in (common or ()) and n != "end" and n in recording.raw]
+    ends = []
+    for first in calls:
+        ways = [way(node) for node in first]
+        common = set.intersection(*map(set, ways))
+        ends.append([n for n in ways[0] if n in common and n != "end" and n in recording.raw])
+    return ends
 
 
 def region_to(recording: Recording, parts: Parts, expert: int, end: fx.Node) -> Region:
