@@ -82,7 +82,9 @@ def watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) ->
 
     handles = []
     for name in group.names:
-        child = modules[prefix + name]
+        child = modules.get(prefix + name)
+        if child is None:
+            continue  # a parameter of a list
         handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(child.register_forward_hook(after))
     return handles

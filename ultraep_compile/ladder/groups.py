@@ -6,6 +6,7 @@ more dims, or more rows, than one layer needs. Nothing here looks at names.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,24 +18,33 @@ FEWEST = 2
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """Children of one module that are alike in all their parameters."""
+    """Children of one module that are alike in all their parameters; or parameters of one list."""
 
     container: str
     names: tuple[str, ...]
     """Of the children, in order: the place is the expert's number."""
     roles: tuple[str, ...]
-    """Parameter names inside a child."""
+    """Parameter names inside a child; "" where the children are parameters."""
+    beside: tuple[Siblings, ...] = ()
+    """Other lists, of as many: what stands at one place of each makes up one expert."""
 
     def parameters(self) -> dict[str, tuple[str, int]]:
         """Parameter of the model -> (role, expert)."""
         prefix = f"{self.container}." if self.container else ""
-        return {f"{prefix}{n}.{role}": (role, e) for e, n in enumerate(self.names) for role in self.roles}
+        own = {prefix + ".".join(filter(None, (n, role))): (role, e) for e, n in enumerate(self.names) for role in self.roles}
+        for other in self.beside:
+            own |= {name: (f"{other.container}/{role}", e) for name, (role, e) in other.parameters().items()}
+        return own
 
 
 def siblings(model: nn.Module) -> Iterator[Siblings]:
     """All groups of like children, outermost first."""
     for path, module in model.named_modules():
         kinds: dict[tuple, list[str]] = {}
+        if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+            for name, p in module.named_parameters(recurse=False):
+                if p.dim() >= 2:
+                    kinds.setdefault((nn.Parameter, (("", tuple(p.shape), p.dtype),)), []).append(name)
         for name, child in module.named_children():
             kind = tuple((n, tuple(p.shape), p.dtype) for n, p in child.named_parameters())
             if kind and max(len(shape) for _, shape, _ in kind) >= 2:
@@ -42,6 +52,17 @@ def siblings(model: nn.Module) -> Iterator[Siblings]:
         for (_, kind), names in kinds.items():
             if len(names) >= FEWEST:
                 yield Siblings(path, tuple(names), tuple(n for n, _, _ in kind))
+
+
+def with_lists_beside(owner: nn.Module, group: Siblings) -> Siblings | None:
+    """A group and all others of as many inside the owner that are neither in it nor around it, if there are any."""
+    around = lambda a, b: f"{a}.".startswith(f"{b}.") or not b  # noqa: E731
+    others: list[Siblings] = []
+    for other in siblings(owner):
+        apart = not any(around(other.container, g.container) or around(g.container, other.container) for g in (group, *others))
+        if len(other.names) == len(group.names) and apart:
+            others.append(other)
+    return dataclasses.replace(group, beside=tuple(others)) if others else None
 
 
 def raw_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ultraep_compile.ladder.analysis import Analysis, analyse, is_full, stays_full, unreached_bound
 from ultraep_compile.ladder.check import SEEDS, check, in_mode
-from ultraep_compile.ladder.groups import Siblings
+from ultraep_compile.ladder.groups import Siblings, with_lists_beside
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
 from ultraep_compile.ladder.lifted import caller, reference_caller
 from ultraep_compile.ladder.probes import deviation, main_input, more_leads, probe_leads, resized
@@ -112,6 +112,9 @@ def _ways(owner: nn.Module, call: Call, group: Siblings | None, lead: tuple[int,
     if group is not None or ranks.size == 1:
         owned = group.parameters() if group else {}
         holders = [(owned, len(group.names) if group else 0, set(owned))]
+        if group and (whole := with_lists_beside(owner, group)):
+            owned = whole.parameters()
+            holders.append((owned, len(group.names), set(owned)))
     else:
         inside = between_exchanges(record(owner, resized(call, lead, 0, rank=ranks.rank), {}))
         alone = {name: (name, 0) for name in sorted(inside)}

@@ -121,7 +121,8 @@ class Replay:
     def _needed(self, results: list[fx.Node]) -> list[fx.Node]:
         """Nodes that results, ids, weights and tokens need, experts left out; and writes into what they read."""
         a, routing, sources = self.a, self.routing, self.sources
-        starts = [*results, routing.table, *(n for n in (sources.ids, sources.weight) if n is not None), *self.rows.consts]
+        read = (sources.ids, sources.weight, routing.base)
+        starts = [*results, routing.table, *(n for n in read if n is not None), *self.rows.consts]
         seen: set[fx.Node] = set()
         todo = list(starts)
         writes = [n for n in a.graph.nodes if n.op.startswith("call") and functional_target(n)[0] and n.args]
@@ -302,6 +303,9 @@ class Replay:
         if skip is not None:
             passed = g.call_method("to", (g.call_function(operator.mul, (hidden, skip)), made.dtype))
             total = g.call_function(operator.add, (total, passed))
+        if routing.base is not None:
+            base = g.call_method("reshape", (self.env[routing.base], (-1, made.shape[-1])))
+            total = g.call_function(operator.add, (base, total))
         shapes = [b.raw[pairs[routing.output]].shape for b, pairs in zip(self.others, other, strict=True)]
         sizes = [self._value(*values) for values in zip(made.shape, *shapes, strict=True)]
         self.env[routing.output] = g.call_method("reshape", (total, tuple(sizes)))

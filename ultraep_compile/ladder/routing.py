@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ultraep_compile.ladder.regions import Parts, places, row_count
+from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Routing:
     """[S]: token of each slot, -1 for an empty one."""
     skip: Tensor | None
     """[T]: factor with which a token itself is in the output, beside its experts; None where it is not."""
+    base: fx.Node | None = None
+    """What the experts' outputs were added to, where it is not zero."""
 
     @property
     def sent(self) -> Tensor:
@@ -125,12 +128,14 @@ def _sums(
     found = []
     for skipped in skips:
         for output in reversed(outputs):
-            factors = _factors(recording.values[output], slots, first, table_like, experts, skipped)
+            whole, base = recording.values[output], _base(recording, parts, output)
+            whole = whole if base is None else whole - recording.values[base]
+            factors = _factors(whole, slots, first, table_like, experts, skipped)
             if factors is not None:
                 after, skip = factors
                 used = torch.where(after.abs() > 1e-9, sent, torch.zeros_like(sent))
                 choices = int((used != 0).sum(1).max())
-                found.append(Routing(table, output, table_like, choices, used, after, owner, skip))
+                found.append(Routing(table, output, table_like, choices, used, after, owner, skip, base))
         if found and skipped is None and all(f.output is outputs[-1] for f in found):
             break  # the last one: nothing is added behind it
     if not found:
@@ -208,6 +213,20 @@ def _outputs(recording: Recording, parts: Parts, tokens: int, width: int) -> Ite
             continue
         if value.dim() >= 2 and value.shape[-1] == width and row_count(value) == tokens and value.is_floating_point():
             yield node
+
+
+_ADDING = frozenset({"index_add", "scatter_add", "scatter_reduce", "index_put", "add", "iadd", "setitem"})
+
+
+def _base(recording: Recording, parts: Parts, output: fx.Node) -> fx.Node | None:
+    """What results were added to one after the other, if it is not zero: another layer's output, or the tokens themselves."""
+    node = output
+    while parts.label[node] and op_name(node) in _ADDING and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    value = recording.values.get(node)
+    if node is output or parts.label[node] or value is None or value.shape != recording.values[output].shape:
+        return None
+    return node if bool((value != 0).any()) else None
 
 
 def _first_of_pairs(owner: Tensor, expert: Tensor, experts: int) -> Tensor:

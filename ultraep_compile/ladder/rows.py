@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
@@ -20,7 +21,7 @@ from ultraep_compile.ladder.recording import Recording
 from ultraep_compile.ladder.regions import ALL, Parts, Region, in_order, row_count
 from ultraep_compile.passes.lift.markers import expert_mm, expert_take
 from ultraep_compile.passes.lift.nodes import CASTS, RESHAPES, functional_target, op_name
-from ultraep_compile.passes.lift.probe import ALONG_A_DIM
+from ultraep_compile.passes.lift.probe import ALONG_A_DIM, WHOLE_TENSOR
 from ultraep_compile.passes.lift.rules.products import GROUPED
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -112,7 +113,8 @@ class _Writer:
                 raise Refusal(f"an expert reads {_say(node)} {list(value.shape)}, which has not one row for each of its rows")
             (weights if value.shape[-1] == 1 else rows).append(node)
         if len(rows) != 1 or len(weights) > 1:
-            raise Refusal(f"an expert reads {len(rows)} tensors of rows and {len(weights)} of weights, expected one and at most one")
+            raise Refusal(f"an expert reads {len(rows)} tensors of rows and {len(weights)} of weights, expected one and at "
+                         "most one. Put what they read side by side in one tensor")
         return rows[0], weights[0] if weights else None
 
     # ---- one node ----------------------------------------------------------------------------------------------------
@@ -150,8 +152,12 @@ class _Writer:
             raise Refusal(f"{name} makes a tensor inside the experts")
         if all(isinstance(v, _Theta) for v in leaves):
             return _Theta(self._view_of_part(node, name, args, kwargs))
+        if name in WHOLE_TENSOR:
+            raise Refusal(f"{name} inside the experts mixes rows: what a token becomes depends on those that came along")
         if name in _PRODUCTS and any(isinstance(v, _Theta) for v in leaves):
             return _PRODUCTS[name](self, node, args, kwargs)
+        if name in _NORMS and any(isinstance(v, _Theta) for v in leaves):
+            return self._norm(node, name, args, kwargs)
         return self._row_by_row(node, name, args, kwargs)
 
     def _view_of_part(self, node: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict) -> fx.Node:
@@ -216,6 +222,23 @@ class _Writer:
         new_args, new_kwargs = self._dims(name, rows[0].lead, new_args, new_kwargs)
         op = "call_method" if isinstance(target, str) else "call_function"
         return _Rows(self.graph.create_node(op, target, new_args, new_kwargs), lead)  # type: ignore[arg-type]
+
+    def _norm(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> _Rows:
+        """A norm over the width, then each row's own scale and shift."""
+        given = dict(zip(_NORMS[name], args, strict=False)) | kwargs
+        recorded = dict(zip(_NORMS[name], node.args, strict=False)) | node.kwargs
+        x, shape = given["input"], given["normalized_shape"]
+        if not isinstance(x, _Rows) or len(shape) != 1:
+            raise Refusal(f"{name} over {len(shape)} dims inside the experts")
+        eps = {"eps": given["eps"]} if given.get("eps") is not None else {}
+        out = self.graph.call_function(getattr(torch.nn.functional, name), (x.node, tuple(shape)), eps)
+        inner = self._inner(recorded["input"])
+        for role, op in (("weight", operator.mul), ("bias", operator.add)):
+            value = given.get(role)
+            if value is not None:
+                own = self._take(value, recorded[role], inner) if isinstance(value, _Theta) else value
+                out = self.graph.call_function(op, (out, own))
+        return _Rows(out, x.lead)
 
     def _dims(self, name: str, lead: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Arguments that name a dim, for one leading dim instead of `lead`."""
@@ -325,6 +348,10 @@ _PRODUCTS: dict[str, Callable[[_Writer, fx.Node, tuple, dict], _Rows]] = {
     "linear": _Writer.linear, "matmul": _Writer.matmul, "mm": _Writer.matmul, "bmm": _Writer.matmul,
     "addmm": _Writer.addmm, "baddbmm": _Writer.addmm, "einsum": _Writer.einsum, **dict.fromkeys(GROUPED, _Writer.grouped),
 }  # fmt: skip
+_NORMS = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+}
 _OFFSETS = 2
 """Place of the groups' ends among the arguments of a grouped product."""
 _DIM_ARGUMENT = {"chunk": 2, "split": 2, "glu": 1, "sum": 1, "mean": 1, "unbind": 1, "select": 1, "narrow": 1}
