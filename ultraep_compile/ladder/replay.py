@@ -266,7 +266,7 @@ class Replay:
             ids = g.call_function(torch.repeat_interleave, (numbers, counts), {"output_size": count})
             ids = g.call_method("unsqueeze", (ids, 1))
         else:
-            ids = g.call_method("to", (g.call_method("reshape", (self.env[s.ids], (-1, s.choices))), torch.int64))
+            ids = g.call_method("to", (self._by_token(s.ids, s.ids_form, s.choices, hidden), torch.int64))
         if s.ids_form == "beyond":
             mask = g.call_method("lt", (ids, experts))
             ids = g.call_function(operator.mod, (ids, experts))
@@ -275,11 +275,14 @@ class Replay:
             weight = self.env[s.weight]
             if s.weight_form == "slots":
                 weight = g.call_method("sum", (weight, -1))
-            columns = s.choices if s.weight_form == "pairs" else experts
-            weight = g.call_method("reshape", (weight, (-1, columns)))
+            columns = experts if s.weight_form in ("experts", "slots") else s.choices
+            if s.weight_form == "slots":
+                weight = g.call_method("reshape", (weight, (-1, columns)))
+            else:
+                weight = self._by_token(s.weight, s.weight_form, columns, hidden)
             if ids is None:
                 ids = g.call_function(torch.ops.ultraep.chosen.default, (weight, s.choices))
-            if s.weight_form != "pairs":
+            if s.weight_form in ("experts", "slots"):
                 weight = g.call_method("gather", (weight, 1, g.call_method("clamp", (ids,), {"min": 0})))
             if s.factor != 1:
                 weight = g.call_function(operator.mul, (weight, s.factor))
@@ -309,6 +312,18 @@ class Replay:
         shapes = [b.raw[pairs[routing.output]].shape for b, pairs in zip(self.others, other, strict=True)]
         sizes = [self._value(*values) for values in zip(made.shape, *shapes, strict=True)]
         self.env[routing.output] = g.call_method("reshape", (total, tuple(sizes)))
+
+    def _by_token(self, source: fx.Node, form: str, columns: int, hidden: fx.Node) -> fx.Node:
+        """[T, columns] of a tensor in one of the forms of `sources`."""
+        g, value = self.graph, self.env[source]
+        if form == "by choice":
+            return g.call_method("t", (g.call_method("reshape", (value, (columns, -1))),))
+        value = g.call_method("reshape", (value, (-1, columns)))
+        if form != "samples":
+            return value
+        total = g.call_method("size", (hidden, 0))
+        each = g.call_function(operator.floordiv, (total, g.call_method("size", (value, 0))))
+        return g.call_method("repeat_interleave", (value, each), {"dim": 0, "output_size": total})
 
     def _stacked(self, role: str) -> fx.Node:
         names = self.parts.holders[role]

@@ -27,7 +27,7 @@ class Sources:
     ids_form: str
     weight: fx.Node | None
     weight_form: str
-    """`pairs` [T, K], `experts` [T, E], `slots` [T, E, C] or `one` (no tensor, weight 1)."""
+    """`pairs` [T, K], `by choice` [K, T], `samples` [B, K], `experts` [T, E], `slots` [T, E, C] or `one` (no tensor, weight 1)."""
     factor: float
     choices: int
     """K."""
@@ -55,8 +55,10 @@ def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, 
             yield Sources(node, form, None, "one", 1.0, ids.shape[1], kept)
             continue
         for weight, weight_form, factor in _weights(recording, parts, routing, pairs, weights, experts):
-            if masked and not shows and weight_form == "pairs":
-                if bool((recording.values[weight].reshape(ids.shape)[~live] != 0).any()):
+            if masked and not shows and weight_form in ("pairs", "by choice"):
+                value = recording.values[weight]
+                value = value.reshape(ids.shape) if weight_form == "pairs" else value.reshape(-1, len(ids)).t()
+                if bool((value[~live] != 0).any()):
                     continue  # something drops pairs, and these weights do not show it
             yield Sources(node, form, weight, weight_form, factor, ids.shape[1], kept)
     if routing.choices < experts and routing.skip is None:
@@ -103,9 +105,9 @@ class _Pairs:
         return factor
 
 
-_FORMS = ("pairs", "beyond", "sizes", "one-hot")
+_FORMS = ("pairs", "beyond", "sizes", "one-hot", "by choice", "samples")
 """Of ids: [T, K]; the same with choices that are no expert; rows of each expert [E], the rows standing in that order;
-one-hot [T, K, E].
+one-hot [T, K, E]; [K, T]; [B, K] for T/B tokens each, one sample after the other.
 """
 
 
@@ -115,13 +117,13 @@ def _ids(recording: Recording, parts: Parts, routing: Routing, experts: int) -> 
         value = recording.values.get(node)
         if value is None or parts.label[node] or value.dim() == 0 or value.numel() == 0:
             continue
-        if value.is_floating_point() or (value.numel() % tokens and tuple(value.shape) != (experts,)):
+        if value.is_floating_point() or not (value.numel() % tokens == 0 or tokens % value.shape[0] == 0 or tuple(value.shape) == (experts,)):
             continue
         for form, ids in _as_ids(value, tokens, experts):
             if bool((ids < 0).any()) or (form != "pairs" and bool((ids >= experts).any())):
                 continue
             beyond = ids >= experts  # a choice that no expert serves: skip, zero or shared
-            if bool(beyond.any()):
+            if form == "pairs" and bool(beyond.any()):
                 form, ids = "beyond", ids.clamp(max=experts - 1)
             covered = torch.zeros_like(pairs, dtype=torch.int64).scatter_add_(1, ids, (~beyond).long()) > 0
             if bool((covered | ~pairs).all()):
@@ -135,6 +137,12 @@ def _as_ids(value: Tensor, tokens: int, experts: int) -> Iterator[tuple[str, Ten
         per_token = value.numel() // tokens
         if (per_token <= experts and math.prod(value.shape[:-1]) in (tokens, 1)) or value.numel() == tokens:
             yield "pairs", value.reshape(tokens, -1).long()
+        if 1 < per_token < experts and value.numel() == tokens * per_token:
+            yield "by choice", value.reshape(-1, tokens).t().long()
+    if value.dtype in (torch.int64, torch.int32, torch.int16) and 1 < value.shape[0] < tokens and tokens % value.shape[0] == 0:
+        samples = value.shape[0]
+        if value.numel() // samples <= experts:
+            yield "samples", value.reshape(samples, -1).long().repeat_interleave(tokens // samples, 0)
     if value.dim() >= 2 and value.shape[-1] == experts and value.numel() % (tokens * experts) == 0:
         hot = value.reshape(tokens, -1, experts)
         if bool(((hot == 0) | (hot == 1)).all()) and bool((hot.sum(-1) <= 1).all()):
@@ -154,12 +162,20 @@ def _weights(
         value = recording.values.get(node)
         if value is None or parts.label[node] or node.op == "get_attr" or not value.is_floating_point():
             continue
-        if value.numel() % tokens or value.dim() == 0 or value.numel() == 0:
+        if value.dim() == 0 or value.numel() == 0:
+            continue
+        if value.numel() % tokens:
+            of_each = _of_samples(value, tokens, pairs)
+            if of_each is not None and (factor := pairs.factor_of(of_each, 10 * CLOSE.get(value.dtype, 1e-4))) is not None:  # type: ignore
+                yield node, "samples", factor
             continue
         tolerance = 10 * CLOSE.get(value.dtype, 1e-4)
         if pairs is not None and value.numel() == pairs.ids.numel() and _leads(value, tokens):
             if (factor := pairs.factor_of(value, tolerance)) is not None:
                 yield node, "pairs", factor
+        if pairs is not None and value.numel() == pairs.ids.numel() and pairs.ids.shape[1] > 1:
+            if (factor := pairs.factor_of(value.reshape(-1, tokens).t(), tolerance)) is not None:
+                yield node, "by choice", factor
         if pairs is not None and not pairs.distinct:
             continue
         if value.numel() == tokens * experts and _leads(value, tokens):  # the dims behind run over the experts
@@ -173,6 +189,14 @@ def _weights(
         if pairs is None and value.dim() >= 3 and value.shape[-2] == experts and _leads(value.flatten(-2), tokens):
             if (factor := _ratio(value.sum(-1).reshape(tokens, experts), dense, tolerance)) is not None:
                 yield node, "slots", factor
+
+
+def _of_samples(value: Tensor, tokens: int, pairs: _Pairs | None) -> Tensor | None:
+    """Weights [B, K] of samples for each of their tokens."""
+    samples = value.shape[0]
+    if pairs is None or tokens % samples or value.numel() != samples * pairs.ids.shape[1]:
+        return None
+    return value.reshape(samples, -1).repeat_interleave(tokens // samples, 0)
 
 
 def _leads(value: Tensor, tokens: int) -> bool:
