@@ -103,7 +103,7 @@ def is_full(slots: Slots) -> bool:
 
 def stays_full(recording: Recording, parts: Parts, position: int) -> bool:
     """The same of a recording whose tokens all go the same way: a capacity that any usual batch fills shows itself here."""
-    if len(parts.present) != parts.experts:
+    if ALL not in parts.present and len(parts.present) != parts.experts:
         return False
     try:
         ends = {e: ends_of(recording, parts, e) for e in parts.present}

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.calls import Calls, watch_chain, watch_exchanges
-from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings
+from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings, unlike_siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
-from ultraep_compile.ladder.layer import lift_layer, meets_rows_of_others, recheck, routed_product
+from ultraep_compile.ladder.layer import lift_layer, meets_rows_of_others, recheck, routed_product, rows_follow_data
 from ultraep_compile.ladder.lent import lent
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
@@ -58,6 +58,8 @@ class Candidate:
     group: Siblings | None
     parameters: tuple[str, ...]
     stacked: bool
+    alike: bool = True
+    """The siblings have parameters of the same sizes."""
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -65,6 +67,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
     found = []
     for group in siblings(model):
         found.append(Candidate(group.container, group, tuple(group.parameters()), False))
+    for group in unlike_siblings(model):
+        found.append(Candidate(group.container, group, tuple(group.parameters()), False, alike=False))
     for path, module in raw_owners(model):
         own = {f"{path}.{n}" if path else n: p for n, p in module.named_parameters(recurse=False) if p.dim() >= 2}
         found.append(Candidate(path, None, tuple(own), any(p.dim() >= 3 and p.shape[0] >= FEWEST for p in own.values())))
@@ -150,7 +154,7 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
         return
     verdict: Refusal | None = None
     plain: Refusal | None = None
-    for path in levels:
+    for path in levels if first.alike else ():
         owner = model.get_submodule(path)
         if lifted_layer(owner) is not None:
             return
@@ -168,6 +172,9 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
             return
     if verdict is None and first.stacked and (source := _routed(model, first, levels, calls)):
         verdict = Missed(f"{plain or 'its forward was not understood'}; the router's choice meets its weights at {source}")
+    if verdict is None and first.group and home is None and _follows_data(model, first, levels, calls):
+        why = plain or "its experts have weights of different sizes, and a copy of one does not fit in the place of another"
+        verdict = Missed(f"{why}; which rows come to which of them depends on the data")
     if verdict is None and home is not None:  # weights that meet rows of other ranks: experts beyond doubt
         verdict = plain or Missed("its forward was not understood")
     if verdict is not None:
@@ -226,6 +233,18 @@ def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Ca
         except Exception as fault:
             log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
     return ""
+
+
+def _follows_data(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> bool:
+    """Are siblings given rows by their values? Then they are experts, although nothing could be made of them."""
+    for path in levels:
+        group = _inside(candidate.group, path)
+        try:
+            if group and rows_follow_data(model.get_submodule(path), calls.first[path], group):
+                return True
+        except Exception as fault:
+            log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
+    return False
 
 
 def _caller(here: str, path: str, calls: Calls) -> str:

@@ -54,6 +54,18 @@ def siblings(model: nn.Module) -> Iterator[Siblings]:
                 yield Siblings(path, tuple(names), tuple(n for n, _, _ in kind))
 
 
+def unlike_siblings(model: nn.Module) -> Iterator[Siblings]:
+    """Children of one list that are of one class, with parameters of other sizes: experts, perhaps, that cannot be exchanged."""
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(children) < FEWEST:
+            continue
+        kinds = {(type(c), tuple((n, tuple(p.shape)) for n, p in c.named_parameters())) for c in children.values()}
+        names = {tuple(n for n, _ in shapes) for _, shapes in kinds}
+        if len(kinds) > 1 and len({t for t, _ in kinds}) == len(names) == 1 and () not in names:
+            yield Siblings(path, tuple(children), next(iter(names)))
+
+
 def with_lists_beside(owner: nn.Module, group: Siblings) -> Siblings | None:
     """A group and all others of as many inside the owner that are neither in it nor around it, if there are any."""
     around = lambda a, b: f"{a}.".startswith(f"{b}.") or not b  # noqa: E731

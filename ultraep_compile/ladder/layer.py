@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +25,7 @@ from ultraep_compile.ladder.regions import (
     between_exchanges,
     find_parts,
     multiplied_after_selection,
+    numbers_read,
 )
 from ultraep_compile.ladder.replay import Replay
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
@@ -193,15 +195,25 @@ def _with_sources(
         )
     if bounded is not None:
         return bounded
-    if ALL in parts.present or ranks.size > 1 or not is_full(found.slots):
+    if ranks.size > 1 or not is_full(found.slots):
         raise problem
     skewed = record(owner, resized(call, leads[0], 0, skewed=True), way.leaves)
     if not stays_full(skewed, find_parts(skewed, way.owned, way.count), found.position):
         raise problem  # a capacity below every load of a usual batch
+    if bool((found.routing.after != 0).all()) or all(len(o) == math.prod(leads[0]) for o in _tokens_of(found)):
+        raise Unbalanceable(
+            "every expert computes every token, and the weights of all of them count (if only for gradients): the loads are equal by "
+            "construction, there is nothing to balance"
+        )
     raise Unbalanceable(
         "every expert takes equally many tokens whatever the routing (experts choose tokens, not tokens experts): the loads are "
         "equal by construction, there is nothing to balance"
     )
+
+
+def _tokens_of(found: Analysis) -> list[set[int]]:
+    """Which tokens each expert was given."""
+    return [set(found.routing.owner[found.slots.expert == e].tolist()) for e in range(found.parts.experts)]
 
 
 def _written(
@@ -324,6 +336,15 @@ def routed_product(owner: nn.Module, call: Call, parameters: set[str]) -> str:
     own = tuple(main_input(call).shape[:-1])
     node = multiplied_after_selection(record(owner, resized(call, own, 0), {}), parameters)
     return "" if node is None else node.meta.get("source") or str(node.target)
+
+
+def rows_follow_data(owner: nn.Module, call: Call, group: Siblings) -> bool:
+    """Do other tokens, as many, come to the siblings in other shares?"""
+    held = group.parameters()
+    own = tuple(main_input(call).shape[:-1])
+    counts = [numbers_read(record(owner, resized(call, own, seed), {}), held) for seed in range(3)]
+    shares = [{e: Fraction(n, sum(found.values())) for e, n in found.items() if n} for found in counts]
+    return any(share != shares[0] for share in shares)
 
 
 def meets_rows_of_others(owner: nn.Module, call: Call, parameters: set[str], ranks: Ranks) -> bool:

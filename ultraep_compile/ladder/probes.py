@@ -54,6 +54,8 @@ def resized(
             new = torch.tensor(_shares(math.prod(lead), len(tensor), generator, skewed)).to(tensor)
         elif tensor.dim() and tensor.shape[0] == math.prod(old):
             new = tensor.detach().index_select(0, flat.to(tensor.device))
+        elif len(old) > 1 and tensor.dim() and tensor.shape[0] == old[0]:  # something of each sample
+            new = tensor.detach().index_select(0, picks[0].to(tensor.device))
         else:
             new = tensor.detach()
         made.append(new.clone())

@@ -142,7 +142,11 @@ def _blocks(recording: Recording) -> tuple[dict[fx.Node, Part], int, tuple[int, 
     depth = _expert_dims(recording, chain)
     leads = [s[:depth] for s in shapes]
     lead = max(set(leads), key=leads.count)
-    together = {n: Part(name, ALL) for name, n in whole.items() if tuple(recording.raw[n].shape[:depth]) == lead}
+    together = {
+        n: Part(name, ALL)
+        for name, n in whole.items()
+        if tuple(recording.raw[n].shape[:depth]) == lead and not _scores_tokens(recording, n, depth)
+    }
     return together, math.prod(lead), lead
 
 
@@ -156,6 +160,13 @@ def _expert_dims(recording: Recording, weights: dict[fx.Node, str]) -> int:
         if a in weights and a in recording.raw and recording.raw[a].dim() >= 3
     }
     return found.pop() if len(found) == 1 else 1
+
+
+def _scores_tokens(recording: Recording, weight: fx.Node, depth: int) -> bool:
+    """Is [experts, width] the matrix of a router, which gives a number for each expert?"""
+    if recording.raw[weight].dim() != depth + 1:
+        return False
+    return any(op_name(u) in ("linear", "matmul", "mm", "addmm") for n in (weight, *filter(_is_view, weight.users)) for u in n.users)
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -320,6 +331,22 @@ def row_count(tensor: Tensor) -> int:
 
 def in_order(recording: Recording, wanted: frozenset[fx.Node]) -> Iterator[fx.Node]:
     return (n for n in recording.graph.nodes if n in wanted)
+
+
+def numbers_read(recording: Recording, held: dict[str, tuple[str, int]]) -> dict[int, int]:
+    """How many numbers meet the weights of each sibling."""
+    owners = {n: held[n.meta["parameter"]][1] for n in recording.graph.nodes if n.meta.get("parameter") in held}
+    found: dict[int, int] = {}
+    for node in recording.graph.nodes:
+        experts = {owners[a] for a in node.all_input_nodes if a in owners}
+        if len(experts) == 1:
+            if _is_view(node) and all(a in owners for a in node.all_input_nodes):
+                owners[node] = experts.pop()
+                continue
+            size = sum(recording.raw[a].numel() for a in node.all_input_nodes if a in recording.raw and a not in owners)
+            expert = experts.pop()
+            found[expert] = found.get(expert, 0) + size
+    return found
 
 
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "multinomial", "max"})
