@@ -267,8 +267,9 @@ def _rewritten(name: str, site: Site, made: ExpertSite, finding: Finding | None)
     rung = finding.rung if finding else "traced"
     proof = "row function proven on permuted, padded and poisoned rows"
     matched = finding.reason if finding and rung == "lifted" else f"goes by expert ids {site.ids.name} to {site.anchors[0].name}"
+    gating = finding.gating if finding and site.gating in ("unknown", "given") else site.gating
     return SiteReport(
-        name, "rewritten", site.experts, site.top_k, site.gating, proof, site.source, cost, rung, matched,
+        name, "rewritten", site.experts, site.top_k, gating, proof, site.source, cost, rung, matched,
         copy_tokens(layer, Rates()) if program.flops_per_row else None,
         _pays(made, site.top_k),
     )  # fmt: skip

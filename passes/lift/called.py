@@ -54,7 +54,7 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
             source=lifted.source,
             experts=lifted.experts,
             top_k=int(held(ids).shape[1]),
-            gating=gating.form if lifted.gating == "unknown" and gating.scores is not None else lifted.gating,
+            gating=gating.form if lifted.gating == "unknown" else lifted.gating,
             hidden=hidden,
             ids=ids,
             weight=weight if isinstance(weight, fx.Node) else None,

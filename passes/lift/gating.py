@@ -32,9 +32,11 @@ def find_gating(facts: GraphFacts, ids: fx.Node, weight: fx.Node | None, experts
     tokens = (product(shape[:-1]), product(shape))  # the last dim of the ids may be the choices or not
     scores, between = _walk_back(facts, [ids], tokens, experts)
     if scores is None:
-        selected = any(op_name(n) in _SELECTIONS for n in between)
-        by_table = not selected and any(_reads_table(facts, n) for n in between)
-        return Gating("table" if by_table else "unknown", None)
+        if any(op_name(n) in _SELECTIONS for n in between):
+            return Gating("unknown", None)
+        if any(_reads_table(facts, n) for n in between):
+            return Gating("table", None)
+        return Gating("unknown" if any(op_name(n) in PRODUCTS for n in between) else "given", None)
     weighing: Iterable[fx.Node] = ()
     if weight is not None:
         weighing = _walk_back(facts, [weight], tokens, experts, stop=scores)[1]
@@ -67,11 +69,17 @@ def _reads_table(facts: GraphFacts, node: fx.Node) -> bool:
 
 def _is_scores(facts: GraphFacts, node: fx.Node, tokens: Iterable[Size], experts: int) -> bool:
     value = tensor(node)
-    if op_name(node) not in PRODUCTS or value is None or value.ndim < 2 or not value.is_floating_point():
+    if op_name(node) not in PRODUCTS | {"cdist"} or value is None or value.ndim < 2 or not value.is_floating_point():
         return False
     shape = facts.shape(node)
     wide = isinstance(shape[-1], int) and shape[-1] >= experts
-    return wide and any(same(product(shape[:-1]), count) for count in tokens)
+    rows = product(shape[:-1])
+    return wide and any(same(rows, count) or _divides(rows, count) for count in tokens)
+
+
+def _divides(rows: Size, pairs: Size) -> bool:
+    """Ids may stand in a row of their own for each choice of a token."""
+    return isinstance(rows, int) and isinstance(pairs, int) and rows > 1 and pairs % rows == 0
 
 
 def _form(facts: GraphFacts, between: list[fx.Node], weighing: set[fx.Node], experts: int) -> str:

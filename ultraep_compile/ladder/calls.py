@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,8 +26,15 @@ class Calls:
     first: dict[str, Call] = field(default_factory=dict)
     chained: set[str] = field(default_factory=set)
     """Containers whose children feed one another: layers, not experts."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Child of a group -> how many numbers it was given."""
     exchanging: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """Modules that send rows to other ranks, in their forward or in hooks on it, and the group."""
+
+    def uneven(self, group: Siblings) -> bool:
+        """Were the siblings given unequally much?"""
+        prefix = f"{group.container}." if group.container else ""
+        return len({self.rows.get(prefix + name, 0) for name in group.names}) > 1
 
     def exchanging_inside(self, group: Siblings) -> bool:
         """Do the siblings themselves send rows elsewhere? Then they are layers, not experts."""
@@ -72,8 +80,9 @@ def watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) ->
     made: list[weakref.ref] = []
     prefix = f"{group.container}." if group.container else ""
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        calls.rows[path] = calls.rows.get(path, 0) + sum(t.numel() for t in given)
         if any(ref() is t for ref in made for t in given):
             calls.chained.add(group.container)
 
@@ -85,6 +94,6 @@ def watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) ->
         child = modules.get(prefix + name)
         if child is None:
             continue  # a parameter of a list
-        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(child.register_forward_pre_hook(functools.partial(before, prefix + name), with_kwargs=True))
         handles.append(child.register_forward_hook(after))
     return handles

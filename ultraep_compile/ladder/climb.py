@@ -22,8 +22,16 @@ from torch.utils import _pytree as pytree
 from ultraep_compile.ladder.calls import Calls, watch_chain, watch_exchanges
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings, unlike_siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
-from ultraep_compile.ladder.layer import lift_layer, meets_rows_of_others, recheck, routed_product, rows_follow_data
+from ultraep_compile.ladder.layer import (
+    gating_of,
+    lift_layer,
+    meets_rows_of_others,
+    recheck,
+    routed_product,
+    rows_follow_data,
+)
 from ultraep_compile.ladder.lent import lent
+from ultraep_compile.ladder.probes import main_input
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.passes.lift import Site, find_moe_sites
@@ -50,6 +58,8 @@ class Finding:
     experts: int | None = None
     top_k: int | None = None
     source: str = ""
+    gating: str = "unknown"
+    """As the forwards around the experts show it; a graph that does not contain the router cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,7 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
     """Settle every candidate. Modules are given new forwards in place; nothing else of the model changes."""
     findings: list[Finding] = []
     settled: set[str] = set()
+    weak: list[Finding] = []
     kinds: dict[tuple, list[Candidate]] = {}
     for candidate in [*found, *_lone(model, found, calls)]:
         kinds.setdefault(_kind(model, candidate), []).append(candidate)
@@ -124,8 +135,14 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
         levels = _levels(model, alike, calls)
         with lent(*(model.get_submodule(p) for p in levels[-1:])):
             new = list(_settle(model, alike, levels, calls))
+            if not new and (why := _follow_data(model, alike[0], levels, calls)):
+                weak += [Finding(c.holder, "missed", why, c.parameters, len(c.group.names)) for c in alike if c.group]
         findings += new
         settled.update(p for finding in new for p in finding.parameters)
+    for finding in weak:  # unless experts were found inside or around
+        if settled.isdisjoint(finding.parameters):
+            findings.append(finding)
+            settled.update(finding.parameters)
     order = {n: i for i, (n, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
 
@@ -148,10 +165,13 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
     first = alike[0]
     home = _exchanging_level(model, first, levels, calls)
     levels = [p for p in levels if calls.ranks_of(p).size == 1] if home is None else levels[levels.index(home) :]
-    if first.stacked and home is None and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
-        for each in alike:
-            yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
-        return
+    if first.stacked and home is None:
+        for place, path in enumerate(levels):
+            if (gatings := _traced(model, path, first, calls.first[path])) is not None:
+                gating = _gating_above(model, levels[place + 1 :], calls) if gatings & {"unknown", "given"} else "unknown"
+                for each in alike:
+                    yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters, gating=gating)
+                return
     verdict: Refusal | None = None
     plain: Refusal | None = None
     for path in levels if first.alike else ():
@@ -168,13 +188,12 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
         except Exception as fault:  # an oddity of one module must not stop the model
             log.debug("%s is not lifted at %r", first.holder, path, exc_info=fault)
         else:
+            if layer.facts.gating == "unknown":
+                layer.facts.gating = _gating_above(model, levels[levels.index(path) :], calls)
             yield from _installed(model, alike, first, path, layer, calls)
             return
     if verdict is None and first.stacked and (source := _routed(model, first, levels, calls)):
         verdict = Missed(f"{plain or 'its forward was not understood'}; the router's choice meets its weights at {source}")
-    if verdict is None and first.group and home is None and _follows_data(model, first, levels, calls):
-        why = plain or "its experts have weights of different sizes, and a copy of one does not fit in the place of another"
-        verdict = Missed(f"{why}; which rows come to which of them depends on the data")
     if verdict is None and home is not None:  # weights that meet rows of other ranks: experts beyond doubt
         verdict = plain or Missed("its forward was not understood")
     if verdict is not None:
@@ -220,7 +239,7 @@ def _installed(
             only = f" (for up to {facts.most} tokens: its forward has that bound, and no probe came to it)"
         over = "" if facts.ranks == 1 else f" over the {facts.ranks} ranks of the layer's own all-to-all, which planning replaces"
         why = f"experts called {facts.form}{only}{over}, lifted from a recorded forward; outputs and gradients checked against eager"
-        yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source)
+        yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source, facts.gating)
 
 
 def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str:
@@ -235,16 +254,21 @@ def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Ca
     return ""
 
 
-def _follows_data(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> bool:
-    """Are siblings given rows by their values? Then they are experts, although nothing could be made of them."""
+def _follow_data(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str:
+    """Why siblings that are given rows by their values, and so are experts, are not rewritten; "" for others."""
+    if candidate.group is None or not calls.uneven(candidate.group):
+        return ""
+    why = "its experts have weights of different sizes, and a copy of one does not fit in the place of another"
     for path in levels:
         group = _inside(candidate.group, path)
         try:
             if group and rows_follow_data(model.get_submodule(path), calls.first[path], group):
-                return True
+                if candidate.alike:
+                    why = "what its experts compute is not understood as a function of single rows"
+                return f"{why}; which rows come to which of them depends on the data"
         except Exception as fault:
             log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
-    return False
+    return ""
 
 
 def _caller(here: str, path: str, calls: Calls) -> str:
@@ -253,18 +277,32 @@ def _caller(here: str, path: str, calls: Calls) -> str:
     return ".".join(_parts(here)[: len(_parts(above))])
 
 
-def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> bool:
-    """Does the compiler's graph of a module show all of a candidate's stacked parameters as one site?"""
+def _gating_above(model: nn.Module, levels: list[str], calls: Calls) -> str:
+    """The form of gating in the innermost of these modules that selects anything; `given` where none of them does."""
+    seen = "unknown"
+    for path in levels:
+        with contextlib.suppress(Exception):
+            owner, call = model.get_submodule(path), calls.first[path]
+            if (form := gating_of(owner, call, tuple(main_input(call).shape[:-1]))) != "unknown":
+                return form
+            seen = "given"
+    return seen
+
+
+def _traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> set[str] | None:
+    """Gatings of the sites, if the compiler's graph of a module shows all of a candidate's stacked parameters."""
     module = model.get_submodule(path)
     parameters = [model.get_parameter(n) for n in candidate.parameters]
     wanted = sum(p.numel() for p in parameters if p.dim() >= 3 and p.shape[0] >= FEWEST)
     covered = 0
+    gatings: set[str] = set()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         nonlocal covered
         for site in find_moe_sites(gm):
             if isinstance(site, Site) and site.anchors[0].target is not torch.ops.ultraep.experts.default:
                 covered += sum(p.meta["example_value"].numel() for p in site.params)
+                gatings.add(site.gating)
         return gm.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -281,7 +319,7 @@ def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
         log.debug("%s cannot be traced alone", path, exc_info=fault)
     finally:
         logging.disable(before)
-    return covered >= wanted > 0
+    return gatings if covered >= wanted > 0 else None
 
 
 # ---- paths ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -39,6 +39,7 @@ class LayerFacts:
     """Processes that the layer divides its experts over by itself."""
     dtype: torch.dtype = torch.float32
     """In which the experts compute."""
+    gating: str = "unknown"
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -124,7 +125,8 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and self.training in layer.functions and _is_ordinary():
             tensors = layer.pattern.inputs(args, kwargs)
-            if tensors is not None and _good_for(layer.facts, tensors):
+            hooked = layer.facts.ranks == 1 and hooked_module(self, layer.facts.parameters)
+            if tensors is not None and not hooked and _good_for(layer.facts, tensors):
                 return layer.functions[self.training](self, *tensors)
         return own_forward(base, self, args, kwargs)
 
@@ -172,6 +174,18 @@ def swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
 
 def lifted_layer(module: nn.Module) -> LiftedLayer | None:
     return getattr(type(module), _LAYER, None)
+
+
+def hooked_module(owner: nn.Module, parameters: Iterable[str]) -> str:
+    """A module between the layer and its experts' parameters that has hooks, "" if there is none. Layers that are divided over
+    ranks may exchange rows in theirs.
+    """
+    paths = {".".join(parts[:n]) for p in parameters for parts in [p.split(".")] for n in range(1, len(parts))}
+    for path in sorted(paths):
+        module = owner.get_submodule(path)
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return path
+    return ""
 
 
 def _good_for(facts: LayerFacts, tensors: list[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ultraep_compile.ladder.analysis import Analysis, analyse, is_full, stays_full, unreached_bound
 from ultraep_compile.ladder.check import SEEDS, check, in_mode
 from ultraep_compile.ladder.groups import Siblings, with_lists_beside
-from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern
+from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern, hooked_module
 from ultraep_compile.ladder.lifted import caller, reference_caller
 from ultraep_compile.ladder.probes import deviation, main_input, more_leads, probe_leads, resized
 from ultraep_compile.ladder.recording import Call, Recording, record
@@ -220,6 +220,8 @@ def _written(
     owner, name, call, recordings, found: Analysis, way: Sources, leads, ranks: Ranks
 ) -> tuple[Callable, str, LayerFacts]:
     first = recordings[0]
+    if ranks.size == 1 and (hooked := hooked_module(owner, itertools.chain(*found.parts.holders.values()))):
+        raise Missed(f"{hooked} has hooks, which experts that are called together do not run. Register them on the layer, or remove them")
     experts = found.parts.experts * ranks.size
     form = "together" if ALL in found.parts.present else "one by one"
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
@@ -251,7 +253,8 @@ def _written(
         check(owner, function, call, leads, ranks=ranks, dtype=dtype)
     holders = tuple(tuple(found.parts.holders[role]) for role in found.rows.roles)
     counted = way.ids_form == "sizes"
-    return function, text, LayerFacts(experts, way.choices, holders, form, counted, source, ranks=ranks.size, dtype=dtype, most=most)
+    facts = LayerFacts(experts, way.choices, holders, form, counted, source, ranks=ranks.size, dtype=dtype, most=most, gating=gating)
+    return function, text, facts
 
 
 def _refuse_shared(recording: Recording, consts: list[fx.Node], ranks: Ranks) -> None:
