@@ -92,11 +92,28 @@ def find_parts(recording: Recording, owned: dict[str, tuple[str, int]], count: i
         tensor_inputs = node.all_input_nodes
         if node not in views and len(tensor_inputs) == 1 and tensor_inputs[0] in views and _is_view(node):
             views.add(node)
+    aside = _of_weights_alone(recording, views)
     label: dict[fx.Node, frozenset[int]] = {}
     for node in recording.graph.nodes:
-        found = frozenset().union(*(label[a] for a in node.all_input_nodes))
+        found = frozenset() if node in aside else frozenset().union(*(label[a] for a in node.all_input_nodes))
         label[node] = found | ({parts[node].expert} if node in parts else frozenset())
     return Parts(parts, experts, holders, label, views, lead)
+
+
+def _of_weights_alone(recording: Recording, views: set[fx.Node]) -> set[fx.Node]:
+    """What becomes numbers made of weights and no data, as penalties are: nothing that an expert computes for its rows."""
+    alone: list[fx.Node] = []
+    known = set(views)
+    for node in recording.graph.nodes:
+        if node not in known and node.all_input_nodes and known.issuperset(node.all_input_nodes):
+            alone.append(node)
+            known.add(node)
+    aside: set[fx.Node] = set()
+    for node in reversed(alone):
+        is_number = node in recording.raw and recording.raw[node].dim() == 0
+        if is_number or (node.users and aside.issuperset(node.users)):
+            aside.add(node)
+    return aside
 
 
 def _is_view(node: fx.Node) -> bool:

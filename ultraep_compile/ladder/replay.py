@@ -136,7 +136,7 @@ class Replay:
             seen.add(node)
             if node is routing.output:
                 continue
-            if self.parts.label[node] and node not in self._after():
+            if self.parts.label[node] and node not in self._after() and node not in self.parts.views:
                 raise Refusal(f"{node.name}, made inside the experts, is read outside of them")
             todo += node.all_input_nodes
             for write in writes:
