@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests import forms, zoo, zoo_moe, zoo_wide
+from tests import forms, forms_public, zoo, zoo_moe, zoo_wide
 from ultraep_compile import explain
 
 
@@ -31,9 +31,11 @@ def everything() -> dict[str, tuple[str, ...]]:
         "more MoE families": tuple(zoo_moe.FAMILIES),
         "written by hand, traced": tuple(n for n in zoo.HANDWRITTEN if n != "GroupedUnsorted"),
         "written by hand, lifted": tuple(forms.LIFTED),
-        "nothing to balance": tuple(forms.UNBALANCEABLE),
+        "public forms, lifted": tuple(forms_public.LIFTED),
+        "public forms, missed": tuple(forms_public.MISSED),
+        "nothing to balance": (*forms.UNBALANCEABLE, *forms_public.UNBALANCEABLE),
         "multimodal": zoo_wide.MULTIMODAL,
-        "no experts": (*zoo.NEGATIVES, *forms.NEGATIVES),
+        "no experts": (*zoo.NEGATIVES, *forms.NEGATIVES, *forms_public.NEGATIVES),
     }
 
 
@@ -41,6 +43,8 @@ def build(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     known = forms.LIFTED | forms.UNBALANCEABLE | forms.NEGATIVES
     if name in zoo_moe.FAMILIES:
         return zoo_moe.build(name, "eager")  # the loop, which `prepare` replaces
+    if name in forms_public.ALL:
+        return forms_public.build(name)
     return forms.build(name) if name in known else zoo_wide.build(name)
 
 

@@ -100,13 +100,14 @@ def test_hooks_on_experts_run():
     """Those that were there are a reason; those that come later switch the rewrite off."""
     model, inputs = forms.build("LoopOverHit")
     seen = []
-    hook = model.experts[1].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    expert = model.get_submodule("experts.1")
+    hook = expert.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     (site,) = explain(model, inputs).moe_sites
     assert site.status == "missed" and "experts.1 has hooks" in site.reason
     hook.remove()
     prepare(model, inputs)
     assert same_as_eager(model, inputs["x"]) == 1
-    model.experts[1].register_forward_hook(lambda module, args, out: (seen.append(len(args[0])), 2 * out)[1])
+    expert.register_forward_hook(lambda module, args, out: (seen.append(len(args[0])), 2 * out)[1])
     seen.clear()
     assert same_as_eager(model, inputs["x"]) == 0 and len(seen) == 2
 
@@ -143,7 +144,7 @@ class _Penalised(forms.LoopOverHit):
         h = x.reshape(-1, forms.WIDTH)
         probs = self.router.proj(h).softmax(-1)
         counts = torch.bincount(self.router(h)[1].flatten(), minlength=forms.EXPERTS)
-        penalty = sum(e.up.weight.square().sum() for e in self.experts) * 1e-3
+        penalty = sum(p.square().sum() for n, p in self.named_parameters() if n.endswith("up.weight")) * 1e-3
         entropy = -(probs * probs.log()).sum(-1).mean()
         loss = (counts / counts.sum() * probs.mean(0)).sum() + entropy + penalty
         return super().forward(x) + loss, probs, counts
@@ -208,7 +209,7 @@ def test_buffers_that_the_forward_moves():
     for seed in range(3):
         torch.manual_seed(seed)
         assert same_as_eager(model, torch.randn(2, 16, forms.WIDTH)) == 1
-    moved = model.bias.clone()
+    moved = model.get_buffer("bias").clone()
     assert (moved != 0).any()
-    model.eval()
-    assert same_as_eager(model, inputs["x"]) == 1 and torch.equal(model.bias, moved)
+    model.train(False)
+    assert same_as_eager(model, inputs["x"]) == 1 and torch.equal(model.get_buffer("bias"), moved)

@@ -226,7 +226,7 @@ class _Writer:
     def _norm(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> _Rows:
         """A norm over the width, then each row's own scale and shift."""
         given = dict(zip(_NORMS[name], args, strict=False)) | kwargs
-        recorded = dict(zip(_NORMS[name], node.args, strict=False)) | node.kwargs
+        recorded: dict[str, Any] = dict(zip(_NORMS[name], node.args, strict=False)) | node.kwargs
         x, shape = given["input"], given["normalized_shape"]
         if not isinstance(x, _Rows) or len(shape) != 1:
             raise Refusal(f"{name} over {len(shape)} dims inside the experts")
