@@ -258,6 +258,8 @@ def _follow_data(model: nn.Module, candidate: Candidate, levels: list[str], call
     """Why siblings that are given rows by their values, and so are experts, are not rewritten; "" for others."""
     if candidate.group is None or not calls.uneven(candidate.group):
         return ""
+    if any(lifted_layer(model.get_submodule(path)) is not None for path in _upwards(candidate.holder)):
+        return ""  # by an earlier call
     why = "its experts have weights of different sizes, and a copy of one does not fit in the place of another"
     for path in levels:
         group = _inside(candidate.group, path)
