@@ -65,7 +65,7 @@ _GEMMA4 = {
     "top_k_experts": 2,
 }  # fmt: skip
 _ERNIE = {"moe_num_experts": 8, "moe_k": 2}
-_ARIA = {"moe_num_experts": 8, "moe_topk": 2}
+_ARIA = {"moe_num_experts": 8, "moe_topk": 2}  # each of a layer's two products is a module of its own: two sites
 _NLLB = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_experts": 4, "expert_capacity": 8, "encoder_sparse_step": 2,
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": Family("MiniMaxM2ForCausalLM", "minimax_m2"),
     "nllb_moe": Family("NllbMoeForConditionalGeneration", "nllb-moe", sizes=_NLLB),
     "longcat_flash": Family("LongcatFlashForCausalLM", "longcat_flash", 1, _LONGCAT),
-    "aria_text": Family("AriaTextForCausalLM", "aria_text", sizes=_ARIA),
+    "aria_text": Family("AriaTextForCausalLM", "aria_text", 4, _ARIA),
     "granitemoeshared": Family("GraniteMoeSharedForCausalLM", "granitemoeshared", sizes=_QUIET | {"shared_intermediate_size": 24}),
     "granitemoe_swa": Family("GraniteMoeSWAForCausalLM", "granitemoe_swa", sizes=_QUIET),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", "granitemoehybrid", sizes=_QUIET | _GRANITE_HYBRID),
@@ -152,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         _ERNIE | _ROPE | _SPARSE | {"moe_intermediate_size": [16, 8]},
     ),
     "llama4": _seeing("Llama4ForConditionalGeneration", "llama4", "llama4_text", "llama4_vision_model", _LLAMA4),
-    "aria": _seeing("AriaForConditionalGeneration", "aria", "aria_text", "idefics3_vision", _ARIA),
+    "aria": _seeing("AriaForConditionalGeneration", "aria", "aria_text", "idefics3_vision", _ARIA, 4),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration", "gemma4",
         parts={
