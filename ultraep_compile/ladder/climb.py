@@ -142,18 +142,20 @@ def _levels(model: nn.Module, alike: list[Candidate], calls: Calls) -> list[str]
 def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: Calls) -> Iterator[Finding]:
     """All candidates of one kind by what works for the first."""
     first = alike[0]
+    if any(lifted_layer(model.get_submodule(p)) is not None for p in levels):
+        return  # by an earlier call
     home = _exchanging_level(model, first, levels, calls)
     levels = [p for p in levels if calls.ranks_of(p).size == 1] if home is None else levels[levels.index(home) :]
-    if first.stacked and home is None and any(_is_traced(model, path, first, calls.first[path]) for path in levels):
-        for each in alike:
-            yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
-        return
+    untraced: list[str] = []  # levels that were not looked at
+    if first.stacked and home is None:
+        is_traced, untraced = _traced_at(model, first, levels, calls)
+        if is_traced:
+            yield from _traced(alike)
+            return
     verdict: Refusal | None = None
     plain: Refusal | None = None
     for path in levels:
         owner = model.get_submodule(path)
-        if lifted_layer(owner) is not None:
-            return
         try:
             layer = lift_layer(owner, path, calls.first[path], _inside(first.group, path), calls.ranks_of(path))
         except (Unbalanceable, Missed) as reason:
@@ -166,6 +168,9 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
         else:
             yield from _installed(model, alike, first, path, layer, calls)
             return
+    if any(_looked_at(model, path, first, calls.first[path])[0] for path in untraced):
+        yield from _traced(alike)
+        return
     if verdict is None and first.stacked and (source := _routed(model, first, levels, calls)):
         verdict = Missed(f"{plain or 'its forward was not understood'}; the router's choice meets its weights at {source}")
     if verdict is None and home is not None:  # weights that meet rows of other ranks: experts beyond doubt
@@ -175,6 +180,23 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
         for each in alike:
             experts = len(each.group.names) if each.group else None
             yield Finding(each.holder, rung, str(verdict), each.parameters, experts)
+
+
+def _traced(alike: list[Candidate]) -> Iterator[Finding]:
+    for each in alike:
+        yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters)
+
+
+def _traced_at(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> tuple[bool, list[str]]:
+    """Does a graph of one of these modules show the candidate, and which of them were left out.
+
+    A module whose graph breaks breaks those of the modules around it as well, and tracing them is what takes longest here.
+    """
+    for index, path in enumerate(levels):
+        shown, broken = _looked_at(model, path, candidate, calls.first[path])
+        if shown or broken:
+            return shown, [] if shown else levels[index + 1 :]
+    return False, []
 
 
 def _exchanging_level(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str | None:
@@ -234,8 +256,8 @@ def _caller(here: str, path: str, calls: Calls) -> str:
     return ".".join(_parts(here)[: len(_parts(above))])
 
 
-def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> bool:
-    """Does the compiler's graph of a module show all of a candidate's stacked parameters as one site?"""
+def _looked_at(model: nn.Module, path: str, candidate: Candidate, call: Call) -> tuple[bool, bool]:
+    """Does the compiler's graph of a module show all of a candidate's stacked parameters as one site, and did it break?"""
     module = model.get_submodule(path)
     parameters = [model.get_parameter(n) for n in candidate.parameters]
     wanted = sum(p.numel() for p in parameters if p.dim() >= 3 and p.shape[0] >= FEWEST)
@@ -254,6 +276,7 @@ def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
     forward.__code__ = forward.__code__.replace()  # a code object of its own: compiled graphs are counted by it
     copied = call.with_tensors([t.detach().clone() for t in call.tensors()])
     before = logging.root.manager.disable
+    breaks = torch._dynamo.utils.counters["graph_break"].total()
     logging.disable(logging.ERROR)  # a module that cannot be traced alone is no error
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -262,7 +285,7 @@ def _is_traced(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
         log.debug("%s cannot be traced alone", path, exc_info=fault)
     finally:
         logging.disable(before)
-    return covered >= wanted > 0
+    return covered >= wanted > 0, torch._dynamo.utils.counters["graph_break"].total() > breaks
 
 
 # ---- paths ----------------------------------------------------------------------------------------------------------
