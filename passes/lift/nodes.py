@@ -60,6 +60,8 @@ def op_name(node: fx.Node) -> str:
 def _name(op: str, target: Any) -> str:
     if op == "call_method":
         name = str(target)
+        if name.startswith("__") and hasattr(operator, name):  # `x.__eq__(y)`, as torch 2.11 writes `x == y`
+            return _name("call_function", getattr(operator, name))
     elif op != "call_function":
         return op
     elif target in _OPERATORS_IN_PLACE:
