@@ -164,6 +164,8 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
             plain = reason
             log.debug("%s is not lifted at %r: %s", first.holder, path, reason)
         except Exception as fault:  # an oddity of one module must not stop the model
+            told = f"{type(fault).__name__}: {fault}"
+            log.info("%s could not be examined at %r (%s); if it holds experts, report it", first.holder, path, told)
             log.debug("%s is not lifted at %r", first.holder, path, exc_info=fault)
         else:
             yield from _installed(model, alike, first, path, layer, calls)
