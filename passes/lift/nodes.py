@@ -180,6 +180,13 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path).strip(".")
 
 
+def input_name(node: fx.Node) -> str:
+    """A parameter's or buffer's name as in `named_parameters()` where Dynamo says whence it has an input, else the input's own."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    way = re.findall(r"\['([^']+)'\]", name() if callable(name) else name)
+    return ".".join(way[1:]) or str(node.target)
+
+
 def source_line(node: fx.Node) -> str:
     """`file:line, in function: code` of the innermost frame that made a node, if known."""
     trace = (node.meta.get("stack_trace") or "").strip()
