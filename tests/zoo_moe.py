@@ -188,27 +188,33 @@ def _configured(kind: str, shared: Sizes, sizes: Sizes, **more: Any) -> Any:
     return zoo_wide._fitting(config, {k: v for k, v in shared.items() if k not in sizes}, **own, **more)
 
 
-def _config(family: Family) -> Any:
+_DEPTHS = ("num_layers", "encoder_layers", "decoder_layers")
+
+
+def _config(family: Family, layers: int | None) -> Any:
+    deep = {} if layers is None else {"num_hidden_layers": layers}
     if not family.parts:
-        return _configured(family.config, zoo._SIZES, family.sizes)
-    shared = {"text": zoo._SIZES, "audio": zoo_wide._SOUND, "vision": zoo_wide._VISION}
+        sizes = {**family.sizes, **{k: layers for k in _DEPTHS if layers is not None and k in family.sizes}}
+        return _configured(family.config, zoo._SIZES | deep, sizes)
+    shared = {"text": zoo._SIZES | deep, "audio": zoo_wide._SOUND, "vision": zoo_wide._VISION}
     made = {
         part: _configured(kind, shared[part.partition("_")[0]], sizes).to_dict() for part, (kind, sizes) in family.parts.items()
     }
     return zoo_wide._transformers().CONFIG_MAPPING[family.config](**made, **family.sizes)
 
 
-def build(name: str, experts: str = "batched_mm", seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(name: str, experts: str = "batched_mm", seed: int = 0, layers: int | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model with random biases in fp32, or in bf16 where `experts` is "grouped_mm".
 
     Args:
         experts: implementation of the experts, where the model has several.
+        layers: of the language model; of an encoder and a decoder each. None: the family's usual few.
     """
     family = FAMILIES[name]
     torch.manual_seed(seed)
     kind = getattr(zoo_wide._transformers(), family.model)
     chosen = {} if name in LOOPS else {"experts_implementation": experts}
-    model = kind._from_config(_config(family), **chosen)
+    model = kind._from_config(_config(family, layers), **chosen)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "bias" in key:

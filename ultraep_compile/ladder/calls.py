@@ -69,20 +69,25 @@ def watch_exchanges(modules: dict[str, nn.Module], calls: Calls) -> Iterator[Non
 
 
 def watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) -> list[Any]:
+    """Hooks that note whether a sibling is given what another one made, perhaps by way of other children of their container."""
     made: list[weakref.ref] = []
-    prefix = f"{group.container}." if group.container else ""
+
+    def tensors(tree: Any) -> list[Tensor]:
+        return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+    def is_fed(*given: Any) -> bool:
+        return any(ref() is t for ref in made for t in tensors(given))
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(ref() is t for ref in made for t in given):
+        if is_fed(args, kwargs):
             calls.chained.add(group.container)
 
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        made[:] = [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if module in members or is_fed(args, kwargs):
+            alive = [ref for ref in made if ref() is not None]
+            made[:] = [*alive, *(weakref.ref(t) for t in tensors(out) if t.is_floating_point())]
 
-    handles = []
-    for name in group.names:
-        child = modules[prefix + name]
-        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(child.register_forward_hook(after))
-    return handles
+    container = modules[group.container]
+    members = {container.get_submodule(name) for name in group.names}
+    handles = [child.register_forward_pre_hook(before, with_kwargs=True) for child in members]
+    return handles + [child.register_forward_hook(after, with_kwargs=True) for child in container.children()]
