@@ -12,6 +12,7 @@ own and is reported apart. Loss and gradients are compared with eager's before a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -124,11 +125,13 @@ def main() -> None:
         "torch": torch.__version__,
         "ranks": arguments.ranks,
         "repetitions": arguments.repetitions,
-        "results": [measure(i, n, arguments.ranks, arguments.repetitions) for i in arguments.inner for n in arguments.layers],
+        "results": [],
     }
+    for inner, layers in itertools.product(arguments.inner, arguments.layers):
+        record["results"].append(measure(inner, layers, arguments.ranks, arguments.repetitions))
+        if arguments.out:  # a run that is stopped keeps what it has
+            arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

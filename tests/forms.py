@@ -285,6 +285,19 @@ class IdentityBeyond(LoopStacked):
         return out
 
 
+class IdentityInTurn(IdentityBeyond):
+    """The same in a loop over all choices, whether chosen or not."""
+
+    def mix(self, h):
+        w, ids = self.router(h)
+        out = torch.zeros_like(h)
+        for e in range(EXPERTS + 2):
+            token, choice = torch.where(ids == e)
+            y = h[token] if e >= EXPERTS else F.linear(F.silu(F.linear(h[token], self.up[e])), self.down[e])
+            out.index_add_(0, token, y * w[token, choice, None])
+        return out
+
+
 class Twice(LoopOverHit):
     """A token may choose one expert twice, with two weights."""
 
@@ -528,7 +541,7 @@ LIFTED: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (
         LoopOverHit, LoopWithGaps, LoopByMask, LoopSorted, LoopStacked, FlatWeights, SwitchCapacity, CapacityEinsum,
-        DenseScaled, DenseGated, WideRouter, IdentityBeyond, Twice, ByTable, PickySecond, TwoLevels, GroupedEinsum,
+        DenseScaled, DenseGated, WideRouter, IdentityBeyond, IdentityInTurn, Twice, ByTable, PickySecond, TwoLevels, GroupedEinsum,
         GroupedDense, DenseEinsum, GroupedBySizes, LowRankExperts,
         WeightInside, DropoutExperts, Exchanging,
     )

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -223,9 +224,43 @@ def test_verify_names_the_first_layer_and_writes_a_report(fault, tmp_path, monke
     with pytest.raises(VerificationError, match=r"layer model.layers.0.mlp of the rewritten graph") as caught:
         compiled_step(model, inputs, ranks=4, verify=1)
     assert reason in str(caught.value)
+    tokens = r"\d+ of 32 tokens differ, (\d+) of them sent to a copy; the first is token \d+, which went to .*the copy of expert \d on rank \d"
+    assert fault == "plan" or re.search(tokens, str(caught.value))
     report = json.loads((tmp_path / "ultraep-verify.json").read_text())
     assert [x["layer"] for x in report["layers"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert report["options"]["ranks"] == "4" and report["torch"] == torch.__version__
+
+
+def test_verify_sees_what_only_gradients_show(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of copies that never come home: no output tells, the masters' gradients do."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(zoo.HandMoE(), zoo.HandMoE()), {"input": torch.randn(2, 16, zoo.WIDTH)}
+    compiled_step(model, inputs, ranks=4, verify=1)
+    monkeypatch.setattr(VirtualTransport, "reduce_slots", lambda self, masters, slots, *rest: masters)
+    with pytest.raises(VerificationError, match=r"the gradient of 0\.\w+ of .* the first of 6 differences; rewritten layers"):
+        compiled_step(model, inputs, ranks=4, verify=1)
+    report = json.loads((tmp_path / "ultraep-verify.json").read_text())
+    wrong = {x["gradient"] for x in report["gradients"] if x["difference"] > x["allowed"]}
+    assert wrong == {f"{i}.{n}" for i in (0, 1) for n in ("up", "up_bias", "down")}
+    assert not any(x["difference"] > x["allowed"] for x in (*report["layers"], *report["outputs"]))
+    with torch.no_grad():
+        torch.compile(model, backend=backend(ranks=4, verify=1))(**inputs)
+
+
+def test_verify_takes_what_is_not_finite_for_equal_where_it_is_so_in_both(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, inputs = zoo.HandMoE(), {"x": torch.randn(2, 16, zoo.WIDTH)}
+    with torch.no_grad():
+        model.down[2, 0, 0] = torch.nan
+    ours, _ = compiled_step(model, inputs, ranks=4, verify=1)
+    assert ours.loss.isnan()
+    real = VirtualTransport.fill_slots
+    monkeypatch.setattr(VirtualTransport, "fill_slots", lambda *args: real(*args) * torch.nan)
+    with pytest.raises(VerificationError, match=r"layer .* by 1\.00e\+00 .* sent to a copy"):
+        compiled_step(model, inputs, ranks=4, verify=1)
+    assert "NaN" not in (tmp_path / "ultraep-verify.json").read_text()
 
 
 # ---- hard input that must simply work -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -27,6 +28,7 @@ from tests import zoo
 from tests.balancing import backend, prepared, relative, step
 from tests.multirank import run_ranks
 from ultraep_compile import shard_experts
+from ultraep_compile.errors import ShardingError
 from ultraep_compile.ops.transport import CollectiveTransport
 from ultraep_compile.report import collect_reports
 
@@ -108,6 +110,20 @@ def _experts_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.dim() == 3}
 
 
+def files_of_single_ranks(model: nn.Module, rank: int, folder: str) -> None:
+    """`torch.save` on every rank: each file goes back to its own rank, and is refused by another, which lacks these experts."""
+    before = _whole_state(model.state_dict())
+    torch.save(model.state_dict(), f"{folder}/part{rank}.pt")
+    dist.barrier()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    with pytest.raises(ShardingError, match=rf"has the experts of rank \d, and is loaded on rank {rank}"):
+        model.load_state_dict(torch.load(f"{folder}/part{(rank + 1) % dist.get_world_size()}.pt", weights_only=True))
+    model.load_state_dict(torch.load(f"{folder}/part{rank}.pt", weights_only=True))
+    _assert_equal(model.state_dict(), before)
+
+
 def _on_four(rank: int, folder: str) -> dict:
     mesh = init_device_mesh("cpu", (WORLD,))
     single = _model()
@@ -163,6 +179,8 @@ def _on_four(rank: int, folder: str) -> dict:
         assert relative(step(model, model, batch).loss, step(single, single, batch).loss) < 1e-5
     set_model_state_dict(model, dict(saved["model"]), options=StateDictOptions(full_state_dict=True))
     _assert_equal(get_model_state_dict(model), saved["model"])
+
+    files_of_single_ranks(model, rank, folder)
 
     # a model that was never whole anywhere
     with torch.device("meta"):

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from tests import forms
 from tests.balancing import backend, relative
 from tests.multirank import run_ranks
+from tests.test_checkpoints import files_of_single_ranks
 from ultraep_compile import clip_grad_norm_, shard_experts
 from ultraep_compile.errors import RoutingError, ShardingError
 from ultraep_compile.report import collect_reports
@@ -136,6 +137,7 @@ def _over_ranks(rank: int, world: int, folder: str) -> dict[str, Tensor]:
     saved = {k: _whole(v).clone() for k, v in _flat(_states(model, optimizer)["model"]).items()}
     _whole_weights(model, single, x[rank : rank + 1])
     _whole_states(model, optimizer)
+    files_of_single_ranks(model, rank, folder)
     _never_whole(mesh, x[rank : rank + 1], rank, folder)
     return saved
 

@@ -65,7 +65,7 @@ _GEMMA4 = {
     "top_k_experts": 2,
 }  # fmt: skip
 _ERNIE = {"moe_num_experts": 8, "moe_k": 2}
-_ARIA = {"moe_num_experts": 8, "moe_topk": 2}
+_ARIA = {"moe_num_experts": 8, "moe_topk": 2}  # each of a layer's two products is a module of its own: two sites
 _NLLB = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_experts": 4, "expert_capacity": 8, "encoder_sparse_step": 2,
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": Family("MiniMaxM2ForCausalLM", "minimax_m2"),
     "nllb_moe": Family("NllbMoeForConditionalGeneration", "nllb-moe", sizes=_NLLB),
     "longcat_flash": Family("LongcatFlashForCausalLM", "longcat_flash", 1, _LONGCAT),
-    "aria_text": Family("AriaTextForCausalLM", "aria_text", sizes=_ARIA),
+    "aria_text": Family("AriaTextForCausalLM", "aria_text", 4, _ARIA),
     "granitemoeshared": Family("GraniteMoeSharedForCausalLM", "granitemoeshared", sizes=_QUIET | {"shared_intermediate_size": 24}),
     "granitemoe_swa": Family("GraniteMoeSWAForCausalLM", "granitemoe_swa", sizes=_QUIET),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", "granitemoehybrid", sizes=_QUIET | _GRANITE_HYBRID),
@@ -152,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         _ERNIE | _ROPE | _SPARSE | {"moe_intermediate_size": [16, 8]},
     ),
     "llama4": _seeing("Llama4ForConditionalGeneration", "llama4", "llama4_text", "llama4_vision_model", _LLAMA4),
-    "aria": _seeing("AriaForConditionalGeneration", "aria", "aria_text", "idefics3_vision", _ARIA),
+    "aria": _seeing("AriaForConditionalGeneration", "aria", "aria_text", "idefics3_vision", _ARIA, 4),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration", "gemma4",
         parts={
@@ -188,27 +188,33 @@ def _configured(kind: str, shared: Sizes, sizes: Sizes, **more: Any) -> Any:
     return zoo_wide._fitting(config, {k: v for k, v in shared.items() if k not in sizes}, **own, **more)
 
 
-def _config(family: Family) -> Any:
+_DEPTHS = ("num_layers", "encoder_layers", "decoder_layers")
+
+
+def _config(family: Family, layers: int | None) -> Any:
+    deep = {} if layers is None else {"num_hidden_layers": layers}
     if not family.parts:
-        return _configured(family.config, zoo._SIZES, family.sizes)
-    shared = {"text": zoo._SIZES, "audio": zoo_wide._SOUND, "vision": zoo_wide._VISION}
+        sizes = {**family.sizes, **{k: layers for k in _DEPTHS if layers is not None and k in family.sizes}}
+        return _configured(family.config, zoo._SIZES | deep, sizes)
+    shared = {"text": zoo._SIZES | deep, "audio": zoo_wide._SOUND, "vision": zoo_wide._VISION}
     made = {
         part: _configured(kind, shared[part.partition("_")[0]], sizes).to_dict() for part, (kind, sizes) in family.parts.items()
     }
     return zoo_wide._transformers().CONFIG_MAPPING[family.config](**made, **family.sizes)
 
 
-def build(name: str, experts: str = "batched_mm", seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(name: str, experts: str = "batched_mm", seed: int = 0, layers: int | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model with random biases in fp32, or in bf16 where `experts` is "grouped_mm".
 
     Args:
         experts: implementation of the experts, where the model has several.
+        layers: of the language model; of an encoder and a decoder each. None: the family's usual few.
     """
     family = FAMILIES[name]
     torch.manual_seed(seed)
     kind = getattr(zoo_wide._transformers(), family.model)
     chosen = {} if name in LOOPS else {"experts_implementation": experts}
-    model = kind._from_config(_config(family), **chosen)
+    model = kind._from_config(_config(family, layers), **chosen)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "bias" in key:

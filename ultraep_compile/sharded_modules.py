@@ -9,10 +9,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from ultraep_compile.errors import ShardingError
 from ultraep_compile.ladder.divided import DIVISION, Division
 from ultraep_compile.ladder.install import swap_class
 from ultraep_compile.ops.expert_tensor import ExpertTensor, mark, own
@@ -64,6 +66,7 @@ def sharded_class(base: type[nn.Module], names: tuple[str, ...], ranks: int, gro
         for name in names:
             given = state_dict.get(prefix + name)
             tensor = self._parameters.get(name, self._buffers.get(name))
+            _refuse_part_of_other(prefix + name, given, group)
             if not isinstance(given, Tensor) or isinstance(given, DTensor) or not isinstance(tensor, DTensor):
                 continue
             if given.shape == tensor.shape:
@@ -71,9 +74,38 @@ def sharded_class(base: type[nn.Module], names: tuple[str, ...], ranks: int, gro
                 state_dict[prefix + name] = own_part(given, tensor.device_mesh)
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 
+    def save(self: nn.Module, destination: dict[str, Any], prefix: str, *rest: Any) -> None:
+        base._save_to_state_dict(self, destination, prefix, *rest)
+        for name in names:
+            _sign(destination.get(prefix + name), group)
+
     members: dict[str, Any] = {name: reader(name) for name in names}
-    members |= {_SHARDED: names, "_load_from_state_dict": load, "__module__": base.__module__}
+    members |= {_SHARDED: names, "_load_from_state_dict": load, "_save_to_state_dict": save, "__module__": base.__module__}
     return type(base.__name__, (base,), members)
+
+
+_PART_OF = "_ultraep_part_of"
+
+
+def _sign(part: Any, group: str) -> None:
+    """Whose part this is: the sign stays on the tensor through `torch.save` and `torch.load`."""
+    if isinstance(part, DTensor):
+        setattr(part, _PART_OF, _rank_in(group))
+
+
+def _refuse_part_of_other(name: str, given: Any, group: str) -> None:
+    """A file that one rank wrote holds that rank's experts: on another they would take the places of its own."""
+    rank = getattr(given, _PART_OF, None)
+    if rank is not None and rank != (mine := _rank_in(group)):
+        raise ShardingError(
+            f"{name}: this state dict has the experts of rank {rank}, and is loaded on rank {mine}. torch.save of a sharded model's "
+            "state_dict writes the part of the rank that calls it. Save with torch.distributed.checkpoint, or a whole one "
+            "(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), model.save_pretrained)."
+        )
+
+
+def _rank_in(group: str) -> int:
+    return dist.get_rank(dist.distributed_c10d._resolve_process_group(group))  # pyright: ignore
 
 
 def _in_a_forward() -> bool:
@@ -98,6 +130,7 @@ def divide_class(module: nn.Module, division: Division) -> None:
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in names:
             given, tensor = state_dict.get(prefix + name), parameter(self, name)
+            _refuse_part_of_other(prefix + name, given, division.group)
             if type(given) is DTensor and isinstance(tensor, ExpertTensor):
                 mark(given, division.group)  # torch made it, of a whole one
             if not isinstance(given, Tensor) or isinstance(given, DTensor) or not isinstance(tensor, ExpertTensor):
@@ -113,6 +146,7 @@ def divide_class(module: nn.Module, division: Division) -> None:
         for name in names:
             if type(value := state.get(prefix + name)) is DTensor:
                 mark(value, division.group)
+            _sign(state.get(prefix + name), division.group)
         return state
 
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

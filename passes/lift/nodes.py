@@ -60,6 +60,8 @@ def op_name(node: fx.Node) -> str:
 def _name(op: str, target: Any) -> str:
     if op == "call_method":
         name = str(target)
+        if name.startswith("__") and hasattr(operator, name):  # `x.__eq__(y)`, as torch 2.11 writes `x == y`
+            return _name("call_function", getattr(operator, name))
     elif op != "call_function":
         return op
     elif target in _OPERATORS_IN_PLACE:
@@ -176,6 +178,13 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"^L\[['\"]\w+['\"]\]|^L__\w+?__", "", path)
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     return re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path).strip(".")
+
+
+def input_name(node: fx.Node) -> str:
+    """A parameter's or buffer's name as in `named_parameters()` where Dynamo says whence it has an input, else the input's own."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    way = re.findall(r"\['([^']+)'\]", name() if callable(name) else name)
+    return ".".join(way[1:]) or str(node.target)
 
 
 def source_line(node: fx.Node) -> str:

@@ -35,6 +35,8 @@ def exact_step(model, inputs):
 
 SLOW = {"LoopByMask", "LoopWithGaps", "ByTable", "PickySecond", "DropoutExperts"}
 """Forms like others that the default run has."""
+IN_PARTS = {"TwoLevels"}
+"""Forms in which Python follows the data outside of the experts, too."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in forms.LIFTED])
@@ -50,6 +52,7 @@ def test_balanced_like_eager(name):
     experts = forms.COUNTS.get(name, forms.EXPERTS)
     assert all(s.rung == "lifted" and s.experts == experts and s.source and s.matched for s in found.moe_sites)
     assert found.rewritten_parameters == found.expert_parameters > 0
+    assert (found.graphs > 1) == (name in IN_PARTS), found.graph_breaks
     ours, graphs = compiled_step(model, inputs, ranks=4)
     plain, _ = compiled_step(model, inputs, ranks=4, planner="none")
     assert sum(len(g.prepared) for g in graphs) == forms.SITES.get(name, 1)

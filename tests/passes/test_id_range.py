@@ -18,6 +18,7 @@ CHOICES = {
     "argsort without a dim": (lambda s: s[:, :8].argsort()[:, -2:], 8),
     "two maxima side by side": (lambda s: torch.stack([s[:, :8].max(-1)[1], s[:, 2:5].max(1).indices], 1), 8),
     "the last choice is replaced": (lambda s: (i := s.topk(1, -1)[1]).masked_fill(i == 8, 0), 8),
+    "compared by the method": (lambda s: (i := s.topk(1, -1)[1]).masked_fill(i.__eq__(8), 0), 8),
     "and by another expert": (lambda s: torch.where((i := s.topk(2, -1)[1]) > 5, 6, i), 7),
     "clamped": (lambda s: s.topk(2, -1)[1].clamp(max=7).int(), 8),
     "modulo": (lambda s: s.topk(2, -1)[1] % 8, 8),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -77,23 +76,31 @@ def watch_exchanges(modules: dict[str, nn.Module], calls: Calls) -> Iterator[Non
 
 
 def watch_chain(modules: dict[str, nn.Module], group: Siblings, calls: Calls) -> list[Any]:
+    """Hooks that note whether a sibling is given what another one made, perhaps by way of other children of their container; and
+    how much each is given.
+    """
     made: list[weakref.ref] = []
+    container = modules[group.container]
     prefix = f"{group.container}." if group.container else ""
+    children = dict(container.named_children())
+    members = {children[name]: prefix + name for name in group.names if name in children}  # none in a list of parameters
 
-    def before(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        calls.rows[path] = calls.rows.get(path, 0) + sum(t.numel() for t in given)
-        if any(ref() is t for ref in made for t in given):
+    def tensors(tree: Any) -> list[Tensor]:
+        return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+    def is_fed(*given: Any) -> bool:
+        return any(ref() is t for ref in made for t in tensors(given))
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        path = members[module]
+        calls.rows[path] = calls.rows.get(path, 0) + sum(t.numel() for t in tensors((args, kwargs)))
+        if is_fed(args, kwargs):
             calls.chained.add(group.container)
 
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        made[:] = [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if module in members or is_fed(args, kwargs):
+            alive = [ref for ref in made if ref() is not None]
+            made[:] = [*alive, *(weakref.ref(t) for t in tensors(out) if t.is_floating_point())]
 
-    handles = []
-    for name in group.names:
-        child = modules.get(prefix + name)
-        if child is None:
-            continue  # a parameter of a list
-        handles.append(child.register_forward_pre_hook(functools.partial(before, prefix + name), with_kwargs=True))
-        handles.append(child.register_forward_hook(after))
-    return handles
+    handles = [child.register_forward_pre_hook(before, with_kwargs=True) for child in members]
+    return handles + [child.register_forward_hook(after, with_kwargs=True) for child in container.children()]

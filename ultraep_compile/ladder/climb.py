@@ -163,21 +163,20 @@ def _levels(model: nn.Module, alike: list[Candidate], calls: Calls) -> list[str]
 def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: Calls) -> Iterator[Finding]:
     """All candidates of one kind by what works for the first."""
     first = alike[0]
+    if any(lifted_layer(model.get_submodule(p)) is not None for p in levels):
+        return  # by an earlier call
     home = _exchanging_level(model, first, levels, calls)
     levels = [p for p in levels if calls.ranks_of(p).size == 1] if home is None else levels[levels.index(home) :]
+    untraced: list[str] = []  # levels that were not looked at
     if first.stacked and home is None:
-        for place, path in enumerate(levels):
-            if (gatings := _traced(model, path, first, calls.first[path])) is not None:
-                gating = _gating_above(model, levels[place + 1 :], calls) if gatings & {"unknown", "given"} else "unknown"
-                for each in alike:
-                    yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters, gating=gating)
-                return
+        is_traced, untraced = _traced_at(model, first, levels, calls)
+        if is_traced:
+            yield from _traced(model, alike, levels, calls)
+            return
     verdict: Refusal | None = None
     plain: Refusal | None = None
     for path in levels if first.alike else ():
         owner = model.get_submodule(path)
-        if lifted_layer(owner) is not None:
-            return
         try:
             layer = lift_layer(owner, path, calls.first[path], _inside(first.group, path), calls.ranks_of(path))
         except (Unbalanceable, Missed) as reason:
@@ -186,12 +185,17 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
             plain = reason
             log.debug("%s is not lifted at %r: %s", first.holder, path, reason)
         except Exception as fault:  # an oddity of one module must not stop the model
+            told = f"{type(fault).__name__}: {fault}"
+            log.info("%s could not be examined at %r (%s); if it holds experts, report it", first.holder, path, told)
             log.debug("%s is not lifted at %r", first.holder, path, exc_info=fault)
         else:
             if layer.facts.gating == "unknown":
                 layer.facts.gating = _gating_above(model, levels[levels.index(path) :], calls)
             yield from _installed(model, alike, first, path, layer, calls)
             return
+    if any(_looked_at(model, path, first, calls.first[path])[0] for path in untraced):
+        yield from _traced(model, alike, levels, calls)
+        return
     if verdict is None and first.stacked and (source := _routed(model, first, levels, calls)):
         verdict = Missed(f"{plain or 'its forward was not understood'}; the router's choice meets its weights at {source}")
     if verdict is None and home is not None:  # weights that meet rows of other ranks: experts beyond doubt
@@ -201,6 +205,24 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
         for each in alike:
             experts = len(each.group.names) if each.group else None
             yield Finding(each.holder, rung, str(verdict), each.parameters, experts)
+
+
+def _traced(model: nn.Module, alike: list[Candidate], levels: list[str], calls: Calls) -> Iterator[Finding]:
+    gating = _gating_above(model, levels, calls)
+    for each in alike:
+        yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters, gating=gating)
+
+
+def _traced_at(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> tuple[bool, list[str]]:
+    """Does a graph of one of these modules show the candidate, and which of them were left out.
+
+    A module whose graph breaks breaks those of the modules around it as well, and tracing them is what takes longest here.
+    """
+    for index, path in enumerate(levels):
+        shown, broken = _looked_at(model, path, candidate, calls.first[path])
+        if shown or broken:
+            return shown, [] if shown else levels[index + 1 :]
+    return False, []
 
 
 def _exchanging_level(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str | None:
@@ -291,20 +313,18 @@ def _gating_above(model: nn.Module, levels: list[str], calls: Calls) -> str:
     return seen
 
 
-def _traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> set[str] | None:
-    """Gatings of the sites, if the compiler's graph of a module shows all of a candidate's stacked parameters."""
+def _looked_at(model: nn.Module, path: str, candidate: Candidate, call: Call) -> tuple[bool, bool]:
+    """Does the compiler's graph of a module show all of a candidate's stacked parameters as one site, and did it break?"""
     module = model.get_submodule(path)
     parameters = [model.get_parameter(n) for n in candidate.parameters]
     wanted = sum(p.numel() for p in parameters if p.dim() >= 3 and p.shape[0] >= FEWEST)
     covered = 0
-    gatings: set[str] = set()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         nonlocal covered
         for site in find_moe_sites(gm):
             if isinstance(site, Site) and site.anchors[0].target is not torch.ops.ultraep.experts.default:
                 covered += sum(p.meta["example_value"].numel() for p in site.params)
-                gatings.add(site.gating)
         return gm.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -313,6 +333,7 @@ def _traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> se
     forward.__code__ = forward.__code__.replace()  # a code object of its own: compiled graphs are counted by it
     copied = call.with_tensors([t.detach().clone() for t in call.tensors()])
     before = logging.root.manager.disable
+    breaks = torch._dynamo.utils.counters["graph_break"].total()
     logging.disable(logging.ERROR)  # a module that cannot be traced alone is no error
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -321,7 +342,7 @@ def _traced(model: nn.Module, path: str, candidate: Candidate, call: Call) -> se
         log.debug("%s cannot be traced alone", path, exc_info=fault)
     finally:
         logging.disable(before)
-    return gatings if covered >= wanted > 0 else None
+    return covered >= wanted > 0, torch._dynamo.utils.counters["graph_break"].total() > breaks
 
 
 # ---- paths ----------------------------------------------------------------------------------------------------------

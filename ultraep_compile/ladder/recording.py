@@ -8,8 +8,9 @@ rest of this package to prove.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import linecache
 import operator
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -304,9 +305,13 @@ def _target(func: Any, name: str, args: Any) -> tuple[str, Any, Any]:
 
 def _source() -> str:
     """`file:line: code` of the innermost frame outside torch and this package."""
-    for frame in reversed(traceback.extract_stack(limit=24)):
-        if "/torch/" not in frame.filename and not frame.filename.startswith(_HERE):
-            return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    frame = inspect.currentframe()
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith(_HERE):
+            line = linecache.getline(file, frame.f_lineno, frame.f_globals).strip()
+            return f"{file}:{frame.f_lineno}, in {frame.f_code.co_name}: {line}"
+        frame = frame.f_back
     return ""
 
 

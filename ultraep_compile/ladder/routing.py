@@ -143,7 +143,8 @@ def _sums(
             f"no tensor of one row per token is a weighted sum of the experts' outputs (tried {len(outputs)}); expected a sum "
             "over the experts"
         )
-    return found
+    # What comes behind the sum is computed as the forward does it: tokens picked for choices that no expert serves break graphs.
+    return sorted(found, key=lambda f: -outputs.index(f.output))
 
 
 def _token_of_slot(

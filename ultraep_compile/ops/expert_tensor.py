@@ -116,6 +116,9 @@ def mark(tensor: DTensor, group: str) -> ExpertTensor:
     return tensor  # type: ignore[return-value]
 
 
+torch.serialization.add_safe_globals([ExpertTensor])  # as DTensor is: for `torch.load(weights_only=True)`
+
+
 @functools.cache
 def follow_optimizers() -> None:
     """From an optimizer's first step on, which loading a state dict makes if there was none: what it loads for our tensors
