@@ -201,16 +201,16 @@ def compile_row_function(
     text = row_function.print_readable(print_output=False, include_stride=False, include_device=False)
     key = (row_function.code, text, signature, fuse)
     if key not in _programs:
-        with unset_fake_temporarily(), _undisturbed():
+        with unset_fake_temporarily(), undisturbed():
             program = _trace(row_function, signature, is_product, is_take)
         _programs[key] = dataclasses.replace(program, fuse=fuse)
     return _programs[key]
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Whatever the user's step runs under (activations offloaded by hooks, anomaly detection) is no concern of the trace: its
-    tensors hold nothing.
+def undisturbed() -> Iterator[None]:
+    """Whatever the user's step runs under (an activation checkpoint, which counts the tensors that autograd saves; hooks that
+    offload them; anomaly detection) is no concern of traces and trials.
     """
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with as_it_is, torch.autograd.set_detect_anomaly(False):

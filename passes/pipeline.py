@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from ultraep_compile.codegen.row_function import undisturbed
 from ultraep_compile.config import Options
 from ultraep_compile.errors import TopologyError, UltraEPError
 from ultraep_compile.ops.experts import ExpertSite
@@ -181,7 +182,8 @@ def run_passes(gm: fx.GraphModule, rewrite: Rewrite, passes: list[Pass] | None =
     for each in PASSES if passes is None else passes:
         name = each.__name__
         started = time.perf_counter()
-        gm = each(gm, rewrite)
+        with undisturbed():
+            gm = each(gm, rewrite)
         rewrite.seconds[name] = time.perf_counter() - started
         if rewrite.snapshots is not None:
             rewrite.snapshots.append((name, _text(gm)))

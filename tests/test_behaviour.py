@@ -11,15 +11,19 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ultraep_compile
 from tests import zoo
 from tests.balancing import backend, compiled_step, prepared, relative, step
 from ultraep_compile import shadow, ultraep
+from ultraep_compile.codegen import row_function
 from ultraep_compile.errors import OptionError, RoutingError, SiteCountError, TopologyError, VerificationError
 from ultraep_compile.ops import routing
 from ultraep_compile.ops.transport import VirtualTransport
+from ultraep_compile.passes.lift import verify
+from ultraep_compile.report import collect_reports
 
 
 def test_state_dict_is_untouched_by_compile_and_step() -> None:
@@ -97,6 +101,61 @@ def test_activation_checkpointing(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(plans) == (1 if kind == "selective" else 2)
     for name, grad in expected.grads.items():
         assert relative(ours.grads[name], grad) < 1e-5, name
+
+
+OPS = torch.ops.ultraep
+CHECKPOINTS = {
+    "reentrant": (2, lambda m, call: call(lambda x: checkpoint(m, x.requires_grad_(), use_reentrant=True))),
+    "list of ops": (2, lambda m, call: call(_selective(m, [OPS.experts.default]))),
+    "save all": (1, lambda m, call: call(_selective(m, lambda *_, **__: CheckpointPolicy.MUST_SAVE))),
+    "recompute all": (2, lambda m, call: call(_selective(m, lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE))),
+    "plan alone": (1, lambda m, call: call(_selective(m, [OPS.plan.default, OPS.reroute.default]))),
+    "nested": (2, lambda m, call: call(_full(_full(m)))),
+    "wrapper": (2, lambda m, call: call(checkpoint_wrapper(m))),
+    "around what is compiled": (2, lambda m, call: _full(call(m))),
+    "reentrant, around": (2, lambda m, call: (lambda c: lambda x: checkpoint(c, x.requires_grad_(), use_reentrant=True))(call(m))),
+    "memory budget": (2, lambda m, call: call(m)),
+}
+
+
+def _full(call):
+    return lambda x: checkpoint(call, x, use_reentrant=False)
+
+
+def _selective(call, policy):
+    return lambda x: checkpoint(
+        call, x, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy)
+    )
+
+
+_QUICK = ("around what is compiled", "reentrant, around", "plan alone", "recompute all")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in _QUICK else pytest.mark.slow) for n in CHECKPOINTS])
+def test_forms_of_activation_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager's gradients in every form; what is planned again is planned on the same loads. Nothing has been proven before: trials
+    must not be counted among the tensors that a checkpoint saves.
+    """
+    monkeypatch.setattr(row_function, "_programs", {})
+    monkeypatch.setattr(verify, "_proven", set())
+    counted: list[torch.Tensor] = []
+    real = routing.make_plan
+    monkeypatch.setattr(routing, "make_plan", lambda counts, *a, **k: counted.append(counts.clone()) or real(counts, *a, **k))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = zoo.HandMoE()
+    model, x = copy.deepcopy(plain), torch.randn(2, 16, zoo.WIDTH)
+    plans, make = CHECKPOINTS[name]
+    wrapped = make(model, lambda f: torch.compile(f, backend=backend(ranks=4)))
+    budget = 0.3 if name == "memory budget" else 1.0
+    with torch._functorch.config.patch(activation_memory_budget=budget), collect_reports() as collected:
+        model.zero_grad()
+        zoo.loss_of(wrapped(x.clone())).backward()
+    assert sum(len(g.prepared) for g in collected.graphs) == len(collected.graphs) > 0
+    assert len(counted) == plans and all(torch.equal(c, counted[0]) for c in counted)
+    zoo.loss_of(plain(x)).backward()
+    for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and relative(p.grad, q.grad) < 1e-5, n
 
 
 @pytest.mark.parametrize("name", ["HandMoE", pytest.param("mixtral", marks=pytest.mark.slow)])

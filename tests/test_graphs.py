@@ -7,16 +7,23 @@ Which test stands for what may go wrong with models, graphs, shapes and checkpoi
 | no MoE layer, or another number than expected | here; `test_behaviour.py::test_bad_options` |
 | a gate or experts of an unknown kind | `passes/test_refusals.py`, `ladder/test_forms.py::test_refused`, `..._are_missed_not_lost` |
 | a graph break in a layer; several graphs | here; `test_compositions.py` (`_with_split_graphs`) |
+| layers in `vmap`, `torch.func.grad`, forward-mode AD, `cond`; second derivatives | `test_transforms.py` |
 | detection itself fails | `test_behaviour.py::test_a_fault_in_detection_costs_the_balance_not_the_compilation` |
 | no tokens on a rank, on all, for an expert; all to one; all experts chosen | `ops/test_virtual.py`, `ops/test_collective.py`, `test_behaviour.py`, `test_surroundings.py::test_hard_loads`, `test_models.py::test_handmade` |
-| other numbers of tokens in every step; more than buffers hold | `test_behaviour.py::test_changing_sizes_...`, `ops/test_virtual.py::test_overflow_...`, `ops/test_symmetric.py` |
+| other numbers of tokens in every step; more than buffers hold | `test_behaviour.py::test_changing_sizes_...`, `test_surroundings.py::test_sizes_that_are_all_dynamic_or_none`, `ops/test_virtual.py::test_overflow_...`, `ops/test_symmetric.py` |
 | NaN or infinite scores; ids out of range, twice | `ops/test_routing.py`, `ops/test_collective.py`, `codegen/test_tokens.py` |
+| padded and dummy tokens | `telemetry/test_padding.py` |
 | close scores, recomputed | here; `test_behaviour.py::test_activation_checkpointing` |
 | experts that ranks do not divide; no slots, too many | `test_behaviour.py::test_bad_options`, `test_processes.py::test_bad_topologies_...`, `planner/test_hostile.py` |
+| CUDA graphs, of single kernels and of recording | `codegen/test_kernels.py`, `codegen/test_tokens.py`, `telemetry/test_recorder.py`, all on a GPU |
 | several models; compiled twice; an exception in between | `test_surroundings.py` |
 | weights loaded, trained, or adapters changed between steps | `test_behaviour.py`, `test_checkpoints.py`, `ladder/test_forms.py`, `test_bundles.py` |
 | tensors beside the weights, known and unknown | `test_bundles.py` |
-| checkpoints of other ranks, of the whole model, that do not fit, of models that were never whole | `test_checkpoints.py`, `test_module_experts.py`, `test_compositions.py` |
+| activation checkpoints, in all forms and around what is compiled | `test_behaviour.py::test_forms_of_activation_checkpointing` |
+| autocast, `no_grad`, eval and training, accumulation, clipping, offloaded activations, anomaly detection, default dtype and device | `test_surroundings.py` |
+| tokens divided over the sequence | `test_context_parallel.py` |
+| FSDP2, DDP, tensor parallelism, ties | `test_compositions.py` |
+| checkpoints of other ranks, of the whole model, of one rank alone, that do not fit, of models that were never whole | `test_checkpoints.py`, `test_module_experts.py`, `test_compositions.py` |
 """
 
 from __future__ import annotations

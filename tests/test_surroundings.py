@@ -352,6 +352,38 @@ def test_huggingface_trainer(tmp_path, monkeypatch: pytest.MonkeyPatch, named_ba
     assert {k: v.shape for k, v in saved.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
 
+@pytest.mark.slow
+def test_trainer_with_checkpoints_of_all_kinds(tmp_path, monkeypatch: pytest.MonkeyPatch, named_backend: None) -> None:
+    """bf16 autocast, gradient checkpointing, evaluation in between, and training resumed from a saved step: as without us."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    monkeypatch.setenv("ULTRAEP_COMPILE_RANKS", "4")
+    monkeypatch.setenv("ULTRAEP_COMPILE_INNER", "aot_eager")
+    plain, _ = prepared("mixtral", "batched_mm", output_router_logits=False, num_hidden_layers=1)
+    data = [{k: v[0] for k, v in zoo.tokens(1, 16).items()} for _ in range(12)]
+    histories, keys = [], []
+    for named in ({}, {"torch_compile": True, "torch_compile_backend": "ultraep"}):
+        folder = str(tmp_path / f"run{len(histories)}")
+        for resume in (None, f"{folder}/checkpoint-2"):
+            torch._dynamo.reset()
+            args = TrainingArguments(
+                folder, per_device_train_batch_size=2, max_steps=4, use_cpu=True, logging_steps=1, report_to=[], save_steps=2,
+                eval_strategy="steps", eval_steps=2, disable_tqdm=True, gradient_checkpointing=True,
+                gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=True, **named,
+            )  # fmt: skip
+            with collect_reports() as collected:
+                trainer = Trainer(model=copy.deepcopy(plain), args=args, train_dataset=data, eval_dataset=data[:4])
+                trainer.train(resume_from_checkpoint=resume)
+            assert (rewritten(collected) > 0) == bool(named) and not any(g.misses for g in collected.graphs)
+            history = [h.get("loss", h.get("eval_loss")) for h in trainer.state.log_history]
+            histories.append(torch.tensor([h for h in history if h is not None]))
+            keys.append(list(trainer.model.state_dict()))
+    assert len(histories[0]) == len(histories[1]) == 6 and keys[0] == keys[2] == keys[3]
+    for ours, eager in ((histories[2], histories[0]), (histories[3], histories[1])):
+        assert relative(ours, eager) < 1e-4
+
+
 def test_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ULTRAEP_COMPILE_RANKS", "8")
     monkeypatch.setenv("ULTRAEP_COMPILE_PLANNER", "none")
