@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ultraep_compile.config import Options
 from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError
+from ultraep_compile.local_inputs import take_parts
 from ultraep_compile.ops import watch
 from ultraep_compile.passes.cache_key import CacheKeyPass
 from ultraep_compile.passes.lift.called import is_divided
@@ -84,7 +85,8 @@ def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
     if options.trace is not None:
         _start_trace(rewrite)
     shadow = Shadow.of(original, gm, rewrite) if original is not None and rewrite.prepared else None
-    compiled = compile_inner(gm, example_inputs, options, mode, rewritten=bool(rewrite.prepared))
+    inputs, given_parts = take_parts(gm, example_inputs)
+    compiled = given_parts(compile_inner(gm, inputs, options, mode, rewritten=bool(rewrite.prepared)))
     return compiled if shadow is None else shadow.beside(compiled)
 
 

@@ -78,8 +78,8 @@ def as_call(inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...],
 
 def warm_up(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """One eager forward without gradients that leaves random state and buffers as they were."""
-    with untouched(model), torch.no_grad():
-        model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
+    with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # also of parts that are compiled already
+        model._call_impl(*args, **kwargs)
 
 
 @contextlib.contextmanager

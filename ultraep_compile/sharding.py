@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ultraep_compile.errors import ShardingError
 from ultraep_compile.ladder.divided import Division, division_of
@@ -113,6 +115,7 @@ def shard_experts(
         raise ShardingError(
             f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}. Pass the one-dimensional expert mesh, e.g. mesh['ep']."
         )
+    _refuse_wrapped(model)
     prepare(model, example_inputs)
     _refuse_divided(model)
     layers, stacks = _what_to_divide(model)
@@ -128,8 +131,8 @@ def shard_experts(
             raise ShardingError(
                 f"{path}: {experts} experts cannot be divided over {ranks} ranks. Use a mesh of a size out of {fits}."
             )
+    _refuse_foreign_shards(stacks, layers)
     for stack in stacks:
-        _refuse_foreign_shards(stack)
         _refuse_unregistered(stack.path, stack.module, stack.experts)
     _refuse_foreign_ties(model, layers, stacks)
     if ranks < dist.get_world_size():
@@ -155,16 +158,29 @@ def _refuse_divided(model: nn.Module) -> None:
             )
 
 
-def _refuse_foreign_shards(stack: _Stack) -> None:
-    """Experts that tensor parallelism or FSDP2 has divided are not whole experts on any rank."""
-    for name in stack.names:
-        tensor = stack.module.get_parameter(name) if name in stack.module._parameters else stack.module.get_buffer(name)
-        if isinstance(tensor, DTensor):
+def _refuse_wrapped(model: nn.Module) -> None:
+    """DDP and FSDP1 keep the parameters that they were given: gradients of others they never see."""
+    for path, module in model.named_modules():
+        if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)):
             raise ShardingError(
-                f"{stack.path or type(stack.module).__name__}.{name} is divided already, by {tensor.placements} over a mesh of "
-                f"{tensor.device_mesh.size()} ranks. Call shard_experts first, and leave the experts' parameters out of tensor "
-                "parallelism and fully_shard (ignored_params)."
+                f"{path or 'the model'} is wrapped by {type(module).__name__} already, which would go on averaging the parameters that "
+                f"it found. Call shard_experts on the model first, then wrap it."
             )
+
+
+def _refuse_foreign_shards(stacks: list[_Stack], layers: list[_Layer]) -> None:
+    """Experts that tensor parallelism or FSDP2 has divided are not whole experts on any rank."""
+    places = [(s.path or type(s.module).__name__, s.module, s.names) for s in stacks]
+    places += [(x.path or type(x.module).__name__, x.module, [n for role in x.lists() for n in role]) for x in layers]
+    for path, module, names in places:
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            tensor = getattr(module.get_submodule(parent), last)
+            if isinstance(tensor, DTensor):
+                raise ShardingError(
+                    f"{path}.{name} is divided already, by {tensor.placements} over a mesh of {tensor.device_mesh.size()} ranks. Call "
+                    "shard_experts first, and leave the experts' parameters out of tensor parallelism and fully_shard (ignored_params)."
+                )
 
 
 def _refuse_uneven_groups(layers: list[_Layer], ranks: int) -> None:

@@ -45,7 +45,9 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
         lifted = _by_key[str(node.args[7])]
         hidden, weight, ids, _, counts, params, consts, _ = node.args
         assert isinstance(ids, fx.Node) and isinstance(hidden, fx.Node) and isinstance(counts, fx.Node)
-        (output,) = [u for u in node.users if u.target is operator.getitem]
+        parts = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+        output = parts.pop(0)
+        assert not any(p.users for p in parts.values()), "what is saved for backward is read by nobody else"
         gating = find_gating(facts, ids, weight if isinstance(weight, fx.Node) else None, lifted.experts)
         y = held(output)
         own = site_of(str(node.args[7]))
@@ -67,7 +69,7 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
             width=int(y.shape[-1]),
             dtype=y.dtype,
             output=output,
-            region=[counts, node, output],
+            region=[counts, node, output, *parts.values()],
             anchors=[node],
             divided=(own.group, own.layout.ranks) if own.group else None,
         )

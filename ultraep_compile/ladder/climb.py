@@ -34,6 +34,7 @@ from ultraep_compile.ladder.lent import lent
 from ultraep_compile.ladder.probes import main_input
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
+from ultraep_compile.ladder.unsharded import unsharded
 from ultraep_compile.passes.lift import Site, find_moe_sites
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -133,7 +134,7 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
         if not alike:
             continue
         levels = _levels(model, alike, calls)
-        with lent(*(model.get_submodule(p) for p in levels[-1:])):
+        with lent(*(model.get_submodule(p) for p in levels[-1:])), unsharded(model, *levels[-1:]):
             new = list(_settle(model, alike, levels, calls))
             if not new and (why := _follow_data(model, alike[0], levels, calls)):
                 weak += [Finding(c.holder, "missed", why, c.parameters, len(c.group.names)) for c in alike if c.group]
@@ -246,7 +247,7 @@ def _installed(
         parameters = tuple(f"{here}.{n}" if here else n for n in facts.parameters)
         try:
             if each is not first:
-                with lent(owner):
+                with lent(owner), unsharded(model, here):
                     recheck(owner, layer, calls.first[path], calls.ranks_of(path))
         except Refusal as reason:
             yield Finding(here, "missed", str(reason), parameters, facts.experts)
