@@ -1,0 +1,253 @@
+"""More ways in which layers exchange rows with other ranks, and in which their routers talk to other ranks.
+
+Made like those of `forms_parallel`, with its parts: `FORMS[name](rank, world, each)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce, all_to_all_single, all_to_all_single_autograd
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.forms_parallel import TOP_K, WIDTH, AllToAll, Exchange, Gshard, Sorted, TopTwoGate
+
+# ---- routers that talk to other ranks -------------------------------------------------------------------------------
+
+
+class SummedLoads(Sorted):
+    """Counts the tokens of every expert over all ranks, in a buffer that the router does not read."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank, world, each)
+        self.register_buffer("loads", torch.zeros(world * each))
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        with torch.no_grad():
+            total = counts.float()
+            dist.all_reduce(total)
+            self.loads.add_(total)
+        return super().exchanged(rows, counts)
+
+
+class SummedLoss(Gshard):
+    """The auxiliary loss is over the tokens of all ranks."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank, world, each)
+        self.gate = _SummedGate(world * each)
+
+
+class _SummedGate(TopTwoGate):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, combine, dispatch = super().forward(x)
+        used = all_reduce(dispatch.any(-1).float().sum(0), "sum", dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+        return (self.wg(x).softmax(-1).mean(0) * used / used.sum()).sum(), combine, dispatch
+
+
+class AgreedCapacity(Gshard):
+    """As much room as the busiest expert of any rank needs: a size that depends on all ranks' data."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank, world, each)
+        self.gate = _AgreedGate(world * each)
+
+
+class _AgreedGate(TopTwoGate):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gates = self.wg(x).softmax(-1)
+        w, ids = gates.topk(TOP_K, -1)
+        mask = F.one_hot(ids, self.experts).sum(1)
+        most = mask.sum(0).max()
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        slot = F.one_hot((mask.cumsum(0) - 1).clamp(min=0), int(most.item())) * mask[..., None]
+        weight = torch.zeros_like(gates).scatter(-1, ids, w / w.sum(-1, keepdim=True))
+        return gates.mean(), weight[..., None] * slot, slot.bool()
+
+
+# ---- ways to exchange -----------------------------------------------------------------------------------------------
+
+
+class Waited(Sorted):
+    """The exchange is started, then waited for, by a handle."""
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, async_op=True).wait()
+        send, receive = (c.view(self.world, -1).sum(1).tolist() for c in (counts, theirs))
+        return self.finished(_Waited.apply(rows, receive, send), theirs, send, receive, _Waited.apply)
+
+    def finished(self, arrived: Tensor, theirs: Tensor, send: list[int], receive: list[int], exchange) -> Tensor:
+        number = torch.arange(self.each).repeat(self.world).repeat_interleave(theirs)
+        order = torch.argsort(number, stable=True)
+        y = self.experts(arrived[order], theirs.view(self.world, -1).sum(0))
+        return exchange(torch.empty_like(y).index_copy(0, order, y), send, receive)
+
+
+class _Waited(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        ctx.sizes = receive, send
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        handle = dist.all_to_all_single(out, x.contiguous(), receive, send, async_op=True)
+        assert handle is not None
+        handle.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        receive, send = ctx.sizes
+        return _Waited.apply(grad, send, receive), None, None
+
+
+class Listed(Waited):
+    """Rows as lists of tensors, one for each rank."""
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts)
+        send, receive = (c.view(self.world, -1).sum(1).tolist() for c in (counts, theirs))
+        return self.finished(_Listed.apply(rows, receive, send), theirs, send, receive, _Listed.apply)
+
+
+class _Listed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        ctx.sizes = receive, send
+        parts = [x.new_empty(n, *x.shape[1:]) for n in receive]
+        dist.all_to_all(parts, [p.contiguous() for p in x.split(send)])
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        receive, send = ctx.sizes
+        return _Listed.apply(grad, send, receive), None, None
+
+
+class OverMesh(Waited):
+    """Functional collectives over a mesh; what they return is waited for by its first use."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank, world, each)
+        self.mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        theirs = all_to_all_single(counts, None, None, self.mesh)
+        send, receive = (c.view(self.world, -1).sum(1).tolist() for c in (counts, theirs))
+        exchange = lambda x, to, of: all_to_all_single_autograd(x, to, of, (self.mesh, 0))  # noqa: E731
+        return self.finished(exchange(rows, receive, send), theirs, send, receive, exchange)
+
+
+class Padded(Sorted):
+    """The same number of rows to every rank, zeros where there are fewer: as many as the tokens of a rank."""
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        room = len(rows)
+        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(rows))
+        number = torch.arange(len(counts)).repeat_interleave(counts, output_size=len(rows))
+        buffer = rows.new_zeros(len(counts), room, WIDTH).index_put((number, place), rows)
+        arrived = AllToAll.apply(dist.group.WORLD, buffer).view(self.world, self.each, room, WIDTH).transpose(0, 1)
+        w1, w2, w3 = self.experts.weights()
+        a = arrived.reshape(self.each, -1, WIDTH)
+        y = (F.silu(a @ w1.mT) * (a @ w3.mT)) @ w2.mT
+        back = y.view(self.each, self.world, room, WIDTH).transpose(0, 1).reshape(len(counts), room, WIDTH)
+        return AllToAll.apply(dist.group.WORLD, back)[number, place]
+
+
+class HostsThenExperts(Gshard):
+    """A token chooses a host, then an expert on it, with a capacity for either; both scores weigh the output."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank, world, each)
+        self.gate = _TwoLevelGate(world, each)
+
+
+class _TwoLevelGate(torch.nn.Module):
+    def __init__(self, hosts: int, each: int) -> None:
+        super().__init__()
+        self.hosts, self.each = hosts, each
+        self.host, self.expert = torch.nn.Linear(WIDTH, hosts, bias=False), torch.nn.Linear(WIDTH, hosts * each, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        experts = self.hosts * self.each
+        hosts = self.host(x).softmax(-1)
+        chosen, own = hosts.topk(2, -1)
+        combine = torch.zeros(len(x), experts, 2 * math.ceil(len(x) / self.hosts))
+        room, space = 2 * math.ceil(len(x) / self.hosts), math.ceil(2 * len(x) / experts) * 2
+        for way in range(2):
+            host = F.one_hot(own[:, way], self.hosts)
+            host = host * ((host.cumsum(0) - 1) < room)
+            inside = self.expert(x).unflatten(-1, (self.hosts, self.each)).softmax(-1)
+            inside = (inside * host[..., None]).flatten(1)
+            best, number = inside.max(-1)
+            mask = F.one_hot(number, experts) * (best > 0)[:, None]
+            place = (mask.cumsum(0) - 1) * mask
+            mask = mask * (place < space)
+            at = F.one_hot((place * mask).sum(-1) + way * space, combine.shape[-1] + 2 * space)[:, : combine.shape[-1]]
+            combine = combine + (chosen[:, way] * best)[:, None, None] * mask[..., None] * at[:, None]
+        return hosts.mean(), combine, combine.bool()
+
+
+# ---- reported, not rewritten ----------------------------------------------------------------------------------------
+
+
+class TwoHops(Waited):
+    """Rows go to the right place within a host first, then between hosts: two groups."""
+
+    def __init__(self, rank: int, world: int, each: int) -> None:
+        super().__init__(rank, world, each)
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("between", "within"))
+        self.between, self.within = mesh.get_group("between"), mesh.get_group("within")
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        room = len(rows)
+        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(rows))
+        number = torch.arange(len(counts)).repeat_interleave(counts, output_size=len(rows))
+        buffer = rows.new_zeros(len(counts), room, WIDTH).index_put((number, place), rows)
+        half = self.world // 2
+        hop = buffer.view(2, half, self.each, room, WIDTH).transpose(0, 1).contiguous()
+        hop = AllToAll.apply(self.within, hop).transpose(0, 1).contiguous()
+        arrived = AllToAll.apply(self.between, hop).reshape(self.world, self.each, room, WIDTH).transpose(0, 1)
+        w1, w2, w3 = self.experts.weights()
+        a = arrived.reshape(self.each, -1, WIDTH)
+        y = (F.silu(a @ w1.mT) * (a @ w3.mT)) @ w2.mT
+        back = y.view(self.each, 2, half, room, WIDTH).permute(1, 2, 0, 3, 4).contiguous()
+        back = AllToAll.apply(self.between, back).transpose(0, 1).contiguous()
+        back = AllToAll.apply(self.within, back).transpose(0, 1)
+        return back.reshape(len(counts), room, WIDTH)[number, place]
+
+
+class ReduceScattered(Sorted):
+    """All rows to all ranks; every rank adds what its experts make of them, and the sums are divided again."""
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_gather, reduce_scatter
+
+        h = x.reshape(-1, WIDTH)
+        w, ids, _ = self.router(h, self.expert_bias)
+        rows, weights = torch.cat(all_gather(h)), torch.cat(all_gather(w))
+        chosen = [torch.empty_like(ids) for _ in range(self.world)]
+        dist.all_gather(chosen, ids)
+        first = dist.get_rank() * self.each
+        mine = torch.cat(chosen) - first
+        flat, here = mine.flatten(), ((mine >= 0) & (mine < self.each)).flatten()
+        order = torch.argsort(torch.where(here, flat, self.each), stable=True)[: int(here.sum())]
+        y = self.experts(rows[order // TOP_K], torch.bincount(flat[here], minlength=self.each))
+        out = torch.zeros_like(rows).index_add(0, order // TOP_K, y * weights.flatten()[order, None])
+        mixed = reduce_scatter(torch.empty_like(h), [p.contiguous() for p in out.chunk(self.world)])
+        return (mixed + self.shared(h)).view_as(x)
+
+
+FORMS = {
+    k.__name__: k
+    for k in (SummedLoads, SummedLoss, AgreedCapacity, Waited, Listed, OverMesh, Padded, HostsThenExperts)
+}
+REPORTED = {k.__name__: k for k in (TwoHops, ReduceScattered)}
+__all__ = ["FORMS", "REPORTED", "Exchange"]
