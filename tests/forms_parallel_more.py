@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_reduce, all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.forms_parallel import TOP_K, WIDTH, AllToAll, Exchange, Gshard, Sorted, TopTwoGate
+from tests.forms_parallel import TOP_K, WIDTH, AllToAll, Gshard, Sorted, TopTwoGate
 
 # ---- routers that talk to other ranks -------------------------------------------------------------------------------
 
@@ -105,27 +105,32 @@ class _Waited(torch.autograd.Function):
 
 
 class Listed(Waited):
-    """Rows as lists of tensors, one for each rank."""
+    """Rows as lists of tensors of one size, one for each rank."""
 
     def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts)
-        send, receive = (c.view(self.world, -1).sum(1).tolist() for c in (counts, theirs))
-        return self.finished(_Listed.apply(rows, receive, send), theirs, send, receive, _Listed.apply)
+        room = len(rows)
+        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(rows))
+        number = torch.arange(len(counts)).repeat_interleave(counts, output_size=len(rows))
+        buffer = rows.new_zeros(len(counts), room, WIDTH).index_put((number, place), rows)
+        arrived = _Listed.apply(buffer).view(self.world, self.each, room, WIDTH).transpose(0, 1)
+        w1, w2, w3 = self.experts.weights()
+        a = arrived.reshape(self.each, -1, WIDTH)
+        y = (F.silu(a @ w1.mT) * (a @ w3.mT)) @ w2.mT
+        back = y.view(self.each, self.world, room, WIDTH).transpose(0, 1).reshape(len(counts), room, WIDTH)
+        return _Listed.apply(back)[number, place]
 
 
 class _Listed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, receive: list[int], send: list[int]) -> Tensor:
-        ctx.sizes = receive, send
-        parts = [x.new_empty(n, *x.shape[1:]) for n in receive]
-        dist.all_to_all(parts, [p.contiguous() for p in x.split(send)])
-        return torch.cat(parts)
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [p.contiguous() for p in x.chunk(dist.get_world_size())]
+        out = [torch.empty_like(p) for p in parts]
+        dist.all_to_all(out, parts)
+        return torch.cat(out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        receive, send = ctx.sizes
-        return _Listed.apply(grad, send, receive), None, None
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Listed.apply(grad)
 
 
 class OverMesh(Waited):
@@ -140,22 +145,6 @@ class OverMesh(Waited):
         send, receive = (c.view(self.world, -1).sum(1).tolist() for c in (counts, theirs))
         exchange = lambda x, to, of: all_to_all_single_autograd(x, to, of, (self.mesh, 0))  # noqa: E731
         return self.finished(exchange(rows, receive, send), theirs, send, receive, exchange)
-
-
-class Padded(Sorted):
-    """The same number of rows to every rank, zeros where there are fewer: as many as the tokens of a rank."""
-
-    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
-        room = len(rows)
-        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(rows))
-        number = torch.arange(len(counts)).repeat_interleave(counts, output_size=len(rows))
-        buffer = rows.new_zeros(len(counts), room, WIDTH).index_put((number, place), rows)
-        arrived = AllToAll.apply(dist.group.WORLD, buffer).view(self.world, self.each, room, WIDTH).transpose(0, 1)
-        w1, w2, w3 = self.experts.weights()
-        a = arrived.reshape(self.each, -1, WIDTH)
-        y = (F.silu(a @ w1.mT) * (a @ w3.mT)) @ w2.mT
-        back = y.view(self.each, self.world, room, WIDTH).transpose(0, 1).reshape(len(counts), room, WIDTH)
-        return AllToAll.apply(dist.group.WORLD, back)[number, place]
 
 
 class HostsThenExperts(Gshard):
@@ -176,8 +165,8 @@ class _TwoLevelGate(torch.nn.Module):
         experts = self.hosts * self.each
         hosts = self.host(x).softmax(-1)
         chosen, own = hosts.topk(2, -1)
-        combine = torch.zeros(len(x), experts, 2 * math.ceil(len(x) / self.hosts))
-        room, space = 2 * math.ceil(len(x) / self.hosts), math.ceil(2 * len(x) / experts) * 2
+        room, space = 2 * math.ceil(len(x) / self.hosts), 2 * math.ceil(len(x) / experts)
+        combine = torch.zeros(len(x), experts, 2 * space)
         for way in range(2):
             host = F.one_hot(own[:, way], self.hosts)
             host = host * ((host.cumsum(0) - 1) < room)
@@ -187,7 +176,7 @@ class _TwoLevelGate(torch.nn.Module):
             mask = F.one_hot(number, experts) * (best > 0)[:, None]
             place = (mask.cumsum(0) - 1) * mask
             mask = mask * (place < space)
-            at = F.one_hot((place * mask).sum(-1) + way * space, combine.shape[-1] + 2 * space)[:, : combine.shape[-1]]
+            at = F.one_hot((place * mask).sum(-1) + way * space, 2 * space)
             combine = combine + (chosen[:, way] * best)[:, None, None] * mask[..., None] * at[:, None]
         return hosts.mean(), combine, combine.bool()
 
@@ -247,7 +236,6 @@ class ReduceScattered(Sorted):
 
 FORMS = {
     k.__name__: k
-    for k in (SummedLoads, SummedLoss, AgreedCapacity, Waited, Listed, OverMesh, Padded, HostsThenExperts)
+    for k in (SummedLoads, SummedLoss, AgreedCapacity, Waited, Listed, OverMesh, HostsThenExperts)
 }
 REPORTED = {k.__name__: k for k in (TwoHops, ReduceScattered)}
-__all__ = ["FORMS", "REPORTED", "Exchange"]

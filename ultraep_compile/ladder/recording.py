@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.explicit import explicit
-from ultraep_compile.ladder.together import noticed
+from ultraep_compile.ladder.together import is_repeatable, noticed, reduced, reduction_of
 from ultraep_compile.passes.lift.values import Refusal
 
 _UNRECORDED = frozenset({"size", "dim", "stride", "numel", "backward", "requires_grad_", "storage_offset", "data_ptr"})
@@ -208,8 +208,13 @@ class _Recorder(TorchFunctionMode):
             self._emit("call_function", operator.setitem, args, kwargs, None)
             self._bind(args[0], next(iter(reversed(self.graph.nodes))))
         elif any(isinstance(t, Tensor) for t in pytree.tree_leaves(out)):
-            node = self._emit(*_target(func, name, args), kwargs, out)
-            if str(func).startswith("_c10d_functional"):
+            functional = str(func).startswith("_c10d_functional") and "wait_tensor" not in name
+            name = name.partition(".")[0]
+            if functional and is_repeatable(name) and not kwargs:  # its result is waited for where no recording sees it
+                node = self._emit("call_function", reduced, args, kwargs, out)
+            else:
+                node = self._emit(*_target(func, name, args), kwargs, out)
+            if functional:
                 node.meta["exchange"] = name
         return out
 
@@ -254,8 +259,11 @@ class _Recorder(TorchFunctionMode):
         if self.paused or not written:  # inside of something that is one node
             return
         for tensor in written:
-            given = pytree.tree_map(lambda t: self.node_of(t) if isinstance(t, Tensor) else None, args[:2])
-            node = self.graph.call_function(getattr(dist, name, dist.all_to_all_single), given)
+            if name == "all_reduce" and (operation := reduction_of(args)):
+                node = self.graph.call_function(reduced, (self.node_of(tensor), operation, group.group_name))
+            else:
+                given = pytree.tree_map(lambda t: self.node_of(t) if isinstance(t, Tensor) else None, args[:2])
+                node = self.graph.call_function(getattr(dist, name, dist.all_to_all_single), given)
             node.meta |= {"exchange": name, "no_grad": True, "source": _source()}
             self._bind(tensor, node)
 
@@ -278,7 +286,8 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.paused -= 1
         if len(self.exchanges) > before:
-            node.meta["exchange"] = self.exchanges[before][0]
+            names = [name for name, _ in self.exchanges[before:]]
+            node.meta["exchange"] = next((n for n in names if not is_repeatable(n)), names[0])
         return out
 
 

@@ -27,7 +27,7 @@ from ultraep_compile.ladder.routing import Routing
 from ultraep_compile.ladder.rows import RowFunction
 from ultraep_compile.ladder.sizes import size_function
 from ultraep_compile.ladder.sources import Sources
-from ultraep_compile.ladder.together import local
+from ultraep_compile.ladder.together import is_repeatable, local
 from ultraep_compile.passes.lift.nodes import functional_target
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -147,7 +147,7 @@ class Replay:
         return sorted(seen, key=self.order.__getitem__)
 
     def _refuse_exchanges(self, wanted: set[fx.Node]) -> None:
-        found = next((n for n in self.a.graph.nodes if n in wanted and "exchange" in n.meta), None)
+        found = next((n for n in self.a.graph.nodes if n in wanted and not is_repeatable(n.meta.get("exchange", "all_reduce"))), None)
         if found is None:
             return
         name = found.meta["exchange"]

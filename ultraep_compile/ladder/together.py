@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -96,6 +97,28 @@ _SEVERAL = 2
 def is_dispatch(name: str) -> bool:
     """Does this collective send rows to where their experts are?"""
     return "all_to_all" in name
+
+
+def is_repeatable(name: str) -> bool:
+    """May a new forward do this exchange too? What is summed over ranks beside the experts, loads say, is no row of a token."""
+    return name == "all_reduce"
+
+
+_REDUCTIONS = {
+    dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg", dist.ReduceOp.MAX: "max", dist.ReduceOp.MIN: "min",
+    dist.ReduceOp.PRODUCT: "product",
+} if dist.is_available() else {}  # fmt: skip
+
+
+def reduction_of(args: tuple) -> str:
+    """The operation of an `all_reduce`, by the arguments of the process group's method; "" for one of another kind."""
+    op = getattr(args[1], "reduceOp", None) if len(args) > 1 else dist.ReduceOp.SUM
+    return next((name for known, name in _REDUCTIONS.items() if op == known), "")
+
+
+def reduced(tensor: Tensor, operation: str, group: str) -> Tensor:
+    """What `all_reduce` writes into a tensor, as a new one."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(tensor, operation, group))
 
 
 @contextlib.contextmanager
