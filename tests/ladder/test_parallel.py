@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tests import forms_parallel
+from tests import forms_parallel, forms_parallel_more
 from tests.balancing import backend
 from tests.multirank import run_ranks
 from ultraep_compile import explain, shard_experts
 from ultraep_compile.errors import ShardingError
 from ultraep_compile.ladder.install import lifted_layer
 from ultraep_compile.report import collect_reports
+
+
+def _build(name: str, rank: int, world: int, each: int) -> nn.Module:
+    more = forms_parallel_more.FORMS | forms_parallel_more.REPORTED
+    return more[name](rank, world, each).train() if name in more else forms_parallel.build(name, rank, world, each)
 
 
 def _batch(rank: int, seed: int, skewed: bool = False) -> Tensor:
@@ -43,7 +48,7 @@ def _step(call, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def _equal_to_itself(rank: int, world: int, each: int, names: tuple[str, ...], transport: str) -> list[dict]:
     out = []
     for name in names:
-        model = forms_parallel.build(name, rank, world, each)
+        model = _build(name, rank, world, each)
         batches = [_batch(rank, 0), _batch(rank, 1), _batch(rank, 2, skewed=True)]
         eager = [_step(model, model, x) for x in batches]
         keys = list(model.state_dict())
@@ -76,9 +81,9 @@ def _equal_to_itself(rank: int, world: int, each: int, names: tuple[str, ...], t
     return out
 
 
-ALL = tuple(forms_parallel.FORMS)
+ALL = tuple(forms_parallel.FORMS | forms_parallel_more.FORMS)
 CASES = [
-    (2, 2, ("Gshard", "HookedGrouped"), "auto"),
+    (2, 2, ("Gshard", "HookedGrouped", "SummedLoads"), "auto"),
     (4, 1, ("Decoder",), "symmetric"),
     *(pytest.param(world, each, ALL, "auto", marks=pytest.mark.slow) for world, each in ((2, 3), (4, 1), (4, 2))),
     pytest.param(4, 2, ("Halves",), "auto", marks=pytest.mark.slow),
@@ -112,11 +117,14 @@ REASONS = {
 }
 
 
-def _reported(rank: int) -> list[tuple]:
+REASONS_OF_4 = {"TwoHops": ("missed", "it exchanges rows over 2 different groups")}
+
+
+def _reported(rank: int, world: int, each: int, reasons: dict[str, tuple[str, str]]) -> list[tuple]:
     """(status, reason, no layer replaced, equal with our backend) of forms that stay as they are."""
     out = []
-    for name in REASONS:
-        model = forms_parallel.build(name, rank, 2, 2)
+    for name in reasons:
+        model = _build(name, rank, world, each)
         x = _batch(rank, 0)
         torch._dynamo.reset()
         alone = _step(torch.compile(model, backend="aot_eager"), model, x)  # not eager: torch 2.11 itself loses gradients here
@@ -131,9 +139,12 @@ def _reported(rank: int) -> list[tuple]:
     return out
 
 
-def test_reported_and_left_alone() -> None:
+@pytest.mark.parametrize(
+    "world, each, reasons", [(2, 2, REASONS), pytest.param(4, 1, REASONS_OF_4, marks=pytest.mark.slow)]
+)
+def test_reported_and_left_alone(world: int, each: int, reasons: dict[str, tuple[str, str]]) -> None:
     """What cannot be replaced is told, on all ranks, and runs as it is."""
-    for rank in run_ranks(2, _reported):
-        for (name, (status, reason)), found in zip(REASONS.items(), rank, strict=True):
+    for rank in run_ranks(world, _reported, world, each, reasons):
+        for (name, (status, reason)), found in zip(reasons.items(), rank, strict=True):
             assert found[0] == status and reason in found[1], (name, found)
             assert found[2:] == (True, True), (name, found)

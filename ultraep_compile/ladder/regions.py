@@ -290,6 +290,16 @@ def region_to(recording: Recording, parts: Parts, expert: int, end: fx.Node) -> 
         nodes.append(node)
 
     visit(end)
+    casts: dict[fx.Node, list[fx.Node]] = {}
+    for node in entries:
+        if node.op.startswith("call") and op_name(node) in CASTS and len(node.all_input_nodes) == 1:
+            casts.setdefault(node.all_input_nodes[0], []).append(node)
+    for source, made in casts.items():
+        if len(made) > 1 or source in entries:  # cast for each product: one entry, and each expert casts it
+            place = min(entries.index(n) for n in (source, *made) if n in entries)
+            entries.insert(place, source)
+            entries[:] = [n for i, n in enumerate(entries) if n not in made and (n is not source or i == place)]
+            nodes += made
     return Region(expert, end, tuple(entries), frozenset(nodes))
 
 
