@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
+from torch.distributed.tensor import DTensor
 
 from ultraep_compile.codegen.row_function import undisturbed
 from ultraep_compile.config import Options
@@ -128,9 +129,29 @@ def topology_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
         if rewrite.group not in ("", options.group.group_name):
             raise TopologyError("option 'group' is not the group that shard_experts used. Leave 'group' out.")
         rewrite.group, rewrite.ranks = options.group.group_name, options.group.size()
+        _refuse_partial_experts(rewrite)
     if rewrite.group:
         choose_transport(rewrite.group, options.transport, options.deadline_s)
     return gm
+
+
+def _refuse_partial_experts(rewrite: Rewrite) -> None:
+    """With the option `group` every rank holds all experts whole: not so where the model's own parallelism has divided them."""
+    for site in rewrite.sites:
+        todo, seen = list(site.params) if not site.divided else [], set[fx.Node]()
+        while todo:
+            node = todo.pop()
+            if node in seen or is_unshard(node):
+                continue
+            seen.add(node)
+            todo += node.all_input_nodes
+            value = node.meta.get("example_value")
+            if isinstance(value, DTensor) and not all(p.is_replicate() for p in value.placements):
+                raise TopologyError(
+                    f"{site.name}: weights of its experts are divided already, by {value.placements} over a mesh of "
+                    f"{value.device_mesh.size()} ranks (tensor parallelism, or the model's own expert parallelism), so rows cannot go to "
+                    "other ranks of the option 'group'. Leave experts out of that plan and call shard_experts, or leave 'group' out."
+                )
 
 
 def prove_rows_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:

@@ -210,32 +210,8 @@ class TwoHops(Waited):
         return back.reshape(len(counts), room, WIDTH)[number, place]
 
 
-class ReduceScattered(Sorted):
-    """All rows to all ranks; every rank adds what its experts make of them, and the sums are divided again."""
-
-    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_gather, reduce_scatter
-
-        h = x.reshape(-1, WIDTH)
-        w, ids, _ = self.router(h, self.expert_bias)
-        rows, weights = torch.cat(all_gather(h)), torch.cat(all_gather(w))
-        chosen = [torch.empty_like(ids) for _ in range(self.world)]
-        dist.all_gather(chosen, ids)
-        first = dist.get_rank() * self.each
-        mine = torch.cat(chosen) - first
-        flat, here = mine.flatten(), ((mine >= 0) & (mine < self.each)).flatten()
-        order = torch.argsort(torch.where(here, flat, self.each), stable=True)[: int(here.sum())]
-        y = self.experts(rows[order // TOP_K], torch.bincount(flat[here], minlength=self.each))
-        out = torch.zeros_like(rows).index_add(0, order // TOP_K, y * weights.flatten()[order, None])
-        mixed = reduce_scatter(torch.empty_like(h), [p.contiguous() for p in out.chunk(self.world)])
-        return (mixed + self.shared(h)).view_as(x)
-
-
 FORMS = {
     k.__name__: k
     for k in (SummedLoads, SummedLoss, AgreedCapacity, Waited, Listed, OverMesh, HostsThenExperts)
 }
-REPORTED = {k.__name__: k for k in (TwoHops, ReduceScattered)}
+REPORTED = {k.__name__: k for k in (TwoHops,)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ from tests import forms, zoo
 from tests.balancing import backend, relative
 from tests.multirank import fake_group, run_ranks
 from ultraep_compile import prepare, shard_experts
-from ultraep_compile.errors import ShardingError
+from ultraep_compile.errors import ShardingError, TopologyError
 from ultraep_compile.preparation import findings_of
 from ultraep_compile.report import collect_reports
 
@@ -298,3 +299,29 @@ def test_experts_that_tensor_parallelism_has_divided_are_refused_where_they_are_
                 parallelize_module(expert, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
         with pytest.raises(ShardingError, match=r"layers\.0\.moe\.experts\.0\..* is divided already.*Call shard_experts first"):
             shard_experts(model, mesh)
+
+
+def _transformers_own(rank: int, folder: str) -> str:
+    """Mixtral divided by transformers' own plan: what is said by shard_experts, and by the backend with a group."""
+    from transformers import MixtralForCausalLM
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    inputs = {"input_ids": zoo.tokens(2, 16)["input_ids"]}
+    plain = MixtralForCausalLM.from_pretrained(folder)(**inputs).logits
+    model = MixtralForCausalLM.from_pretrained(folder, tp_plan="auto")
+    with pytest.raises(ShardingError, match=r"mlp\.experts\..* is divided already"):
+        shard_experts(model, init_device_mesh("cpu", (2,)))
+    model.compile(backend=backend())
+    assert relative(model(**inputs).logits.detach(), plain.detach()) < 1e-5, "left as it is"
+    torch._dynamo.reset()
+    model.compile(backend=backend(group=dist.group.WORLD))
+    with pytest.raises(TopologyError) as refused:
+        model(**inputs)
+    return str(refused.value)
+
+
+def test_a_model_that_transformers_divides_itself_is_refused_by_name(tmp_path) -> None:
+    model, _ = zoo.build("mixtral", "batched_mm")
+    model.save_pretrained(tmp_path)
+    for said in run_ranks(2, _transformers_own, str(tmp_path)):
+        assert "weights of its experts are divided already" in said and "call shard_experts" in said
