@@ -20,8 +20,8 @@ def unsharded(model: nn.Module, *paths: str) -> Iterator[None]:
     managers = list(dict.fromkeys(m for path in paths for m in _managers(model, path)))
     with contextlib.ExitStack() as stack:
         for module in managers:
-            module.unshard()
-            stack.callback(module.reshard)
+            module.unshard()  # pyright: ignore[reportCallIssue]
+            stack.callback(module.reshard)  # pyright: ignore[reportArgumentType]
             stack.enter_context(_without_hooks(module))
         yield
 
