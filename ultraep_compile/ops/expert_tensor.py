@@ -24,6 +24,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 
+_SUBCLASSES_DISPATCH = torch.__version__ >= (2, 13)
+"""Does torch come to `__torch_dispatch__` for kinds of `DTensor`? 2.11 does not: what Python calls is marked there instead."""
+
+
 class ExpertTensor(DTensor):
     """See the module. Made by `own`, or by `mark` from a `DTensor` that torch computed from one."""
 
@@ -33,16 +37,15 @@ class ExpertTensor(DTensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs or {})
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, ExpertTensor)]
-        group = next((vars(t).get("_expert_group", "") for t in given), "")
-        written = {id(t._local_tensor): t for t in given} if func._schema.is_mutable else {}
+        return _like_given(out, args, kwargs, func._schema.is_mutable)
 
-        def as_given(value: Any) -> Any:
-            if type(value) is not DTensor:
-                return value
-            return written.get(id(value._local_tensor)) if id(value._local_tensor) in written else mark(value, group)
+    if not _SUBCLASSES_DISPATCH:
 
-        return pytree.tree_map(as_given, out)
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **(kwargs or {}))
+            return _like_given(out, args, kwargs, mutable=True)
 
     @staticmethod
     def __tensor_unflatten__(*parts: Any) -> ExpertTensor:
@@ -96,6 +99,20 @@ class ExpertTensor(DTensor):
         if self.grad is not None:
             new.grad = copy.deepcopy(self.grad, memo)
         return new
+
+
+def _like_given(out: Any, args: Any, kwargs: Any, mutable: bool) -> Any:
+    """What an op made of our tensors: ours as well, and the very tensor where it wrote to one."""
+    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, ExpertTensor)]
+    group = next((vars(t).get("_expert_group", "") for t in given), "")
+    written = {id(t._local_tensor): t for t in given} if mutable else {}
+
+    def as_given(value: Any) -> Any:
+        if type(value) is not DTensor:
+            return value
+        return written.get(id(value._local_tensor)) if id(value._local_tensor) in written else mark(value, group)
+
+    return pytree.tree_map(as_given, out)
 
 
 def own(whole: Tensor, owner: int, group: str) -> ExpertTensor:
