@@ -136,6 +136,7 @@ def install(owner: nn.Module, layer: LiftedLayer) -> None:
     swap_class(owner, {"forward": forward, _LAYER: layer})
 
 
+@torch.compiler.assume_constant_result  # asked while tracing; Dynamo's own guards compile again where it changes
 def _is_ordinary() -> bool:
     """Is this no transform of torch.func, and no forward-mode AD? The balanced experts have gradients, and no more."""
     return torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and forward_ad._current_level < 0  # pyright: ignore

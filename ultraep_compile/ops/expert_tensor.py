@@ -23,8 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-
-_SUBCLASSES_DISPATCH = torch.__version__ >= (2, 13)
+_SUBCLASSES_DISPATCH = torch.__version__ >= "2.13"
 """Does torch come to `__torch_dispatch__` for kinds of `DTensor`? 2.11 does not: what Python calls is marked there instead."""
 
 
