@@ -5,7 +5,9 @@ Like those of `forms`, every module takes {"x": [2, 16, 32]} and returns a tenso
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,6 +278,23 @@ class RetrievedRows(Layer):
         return torch.einsum("tk,tkd->td", inner, self.up(ids))
 
 
+class RowsByParameter(Layer):
+    """The same with parameters instead of embeddings, another parameter beside, a sum instead of an einsum, one table of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 64, bias=False)
+        self.rows_in, self.rows_out = (nn.Parameter(torch.randn(64, WIDTH)) for _ in range(2))
+        self.before = nn.Parameter(torch.eye(WIDTH))
+        del self.experts
+
+    def mix(self, h):
+        scores, ids = self.router(h).sigmoid().topk(TOP_K, -1)
+        h = h @ self.before
+        inner = F.relu((self.rows_in[ids] * h.unsqueeze(1)).sum(-1) / math.sqrt(WIDTH)) * scores
+        return (inner.unsqueeze(1) @ self.rows_out.index_select(0, ids.flatten()).unflatten(0, ids.shape)).squeeze(1)
+
+
 class NullExperts(Layer):
     """Among the choices: experts, the token itself, nothing, and a learned constant."""
 
@@ -422,6 +441,84 @@ class ManyGates(nn.Module):
         y = torch.stack([expert(x) for expert in self.experts], -2)
         mixed = [(gate(x).softmax(-1)[..., None] * y).sum(-2) for gate in self.gates]
         return torch.cat([tower(m) for tower, m in zip(self.towers, mixed, strict=True)], -1)
+
+
+class SharedAndOwn(nn.Module):
+    """Experts of each task and shared ones, each task's mixture over both, in levels: as recommenders have them, too."""
+
+    def __init__(self, own: int = 2, shared: int = 2) -> None:
+        super().__init__()
+        tasks, levels, many = range(2), range(2), nn.ModuleList
+        gate = lambda n: nn.Linear(WIDTH, n, bias=False)  # noqa: E731
+        self.own = many(many(many(sequential() for _ in range(own)) for _ in tasks) for _ in levels)
+        self.shared = many(many(sequential() for _ in range(shared)) for _ in levels)
+        self.own_gates = many(many(gate(own + shared) for _ in tasks) for _ in levels)
+        self.shared_gates = many(gate(len(tasks) * own + shared) for _ in levels)
+        self.towers = many(nn.Linear(WIDTH, 1) for _ in tasks)
+
+    def forward(self, x):
+        *tasks, common = [x.flatten(0, 1)] * (len(self.towers) + 1)
+        mix = lambda gate, h, ys: (gate(h).softmax(1).unsqueeze(1) @ torch.stack(ys, 1)).squeeze(1)  # noqa: E731
+        levels: Any = zip(self.own, self.shared, self.own_gates, self.shared_gates, strict=True)  # lists of lists of modules
+        for own, shared, gates, gate in levels:
+            ys = [[expert(h) for expert in experts] for experts, h in zip(own, tasks, strict=True)]
+            both = [expert(common) for expert in shared]
+            tasks = [mix(g, h, y + both) for g, h, y in zip(gates, tasks, ys, strict=True)]
+            common = mix(gate, common, [*itertools.chain(*ys), *both])
+        return torch.cat([tower(h) for tower, h in zip(self.towers, tasks, strict=True)], -1)
+
+
+class TwoMemories(nn.Module):
+    """Two tables of values, summed by the scores that chose their rows: no product of a row with the token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Linear(WIDTH, 64, bias=False)
+        self.first, self.second = nn.Embedding(64, WIDTH), nn.Embedding(64, WIDTH)
+
+    def forward(self, x):
+        scores, ids = self.keys(x).topk(TOP_K, -1)
+        rows = self.first(ids) + F.silu(self.second(ids))
+        return x + (rows * scores.softmax(-1)[..., None]).sum(-2)
+
+
+class TwoCodebooks(nn.Module):
+    """The nearest code of one table by the token, how near it is, and the code of the same number in another table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.decoded = nn.Embedding(16, WIDTH), nn.Embedding(16, WIDTH)
+
+    def forward(self, x):
+        nearest = torch.cdist(x.flatten(0, 1), self.codes.weight).argmin(-1).view(x.shape[:-1])
+        code = self.codes(nearest)
+        return x + (code - x).detach() + self.decoded(nearest), -(code * x).sum(-1).mean()
+
+
+class GivenTables(nn.Module):
+    """Two tables of embeddings of one size: of tokens and of places; the token's is multiplied with a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(16, WIDTH), nn.Embedding(16, WIDTH)
+
+    def forward(self, x):
+        at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:-1])
+        return x * (self.tokens(at) * x).sum(-1, keepdim=True) + self.places(at)
+
+
+class FixedBranches(nn.Module):
+    """Like branches of a layer, summed by learned numbers and passed through gates of every channel: nothing chosen by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(sequential() for _ in range(3))
+        self.mix = nn.Parameter(torch.randn(2))
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        a, b, c = (branch(x) for branch in self.branches)
+        return x + self.mix[0] * a + self.mix[1] * b + self.gate(x).sigmoid() * c
 
 
 class TwoStreams(nn.Module):
@@ -602,11 +699,13 @@ LIFTED: dict[str, type[nn.Module]] = {
         GivenRouting, UniqueLoop, SearchSorted, HashRouted, NormsInside, WhereMask, GatheredStack, FlatIndex,
     )
 }  # fmt: skip
-UNBALANCEABLE: dict[str, type[nn.Module]] = {k.__name__: k for k in (StraightThrough, ManyGates, ExpertChoiceGathered)}
+UNBALANCEABLE: dict[str, type[nn.Module]] = {k.__name__: k for k in (StraightThrough, ManyGates, SharedAndOwn, ExpertChoiceGathered, RetrievedRows, RowsByParameter)}
 MISSED: dict[str, type[nn.Module]] = {
     k.__name__: k for k in (TwoStreams, DifferentSizes, Convolutions, BatchNormed, SkippingPadding)
 }
-NEGATIVES: dict[str, type[nn.Module]] = {"HeadsRouted": HeadsRouted}
+NEGATIVES: dict[str, type[nn.Module]] = {
+    k.__name__: k for k in (HeadsRouted, TwoMemories, TwoCodebooks, GivenTables, FixedBranches)
+}
 ALL = LIFTED | UNBALANCEABLE | MISSED | NEGATIVES
 
 

@@ -53,6 +53,8 @@ REASONS = {
     "StraightThrough": "every expert computes every token",
     "ManyGates": "every expert computes every token",
     "ExpertChoiceGathered": "experts choose tokens",
+    "RetrievedRows": "an expert is one row of each of its tables",
+    "RowsByParameter": "an expert is one row of each of its tables",
     "TwoStreams": "side by side in one tensor",
     "DifferentSizes": "weights of different sizes",
     "Convolutions": "not understood as a function of single rows",
@@ -74,8 +76,29 @@ def test_reported_with_the_reason(name):
     assert sum(len(g.prepared) for g in graphs) == 0 and relative(ours.loss, eager.loss) < 1e-6
 
 
-def test_no_false_site():
-    model, inputs = forms_public.build("HeadsRouted")
+@pytest.mark.parametrize(("own", "shared"), [(2, 2), (1, 1), (3, 1)])
+def test_every_list_of_a_dense_mixture(own, shared):
+    """Experts of one task and shared ones stand in lists of different lengths, of one as well."""
+    torch.manual_seed(0)
+    found = explain(forms_public.SharedAndOwn(own, shared), {"x": torch.randn(2, 16, forms.WIDTH)})
+    assert [(s.name, s.status) for s in found.moe_sites] == [("own", "unbalanceable"), ("shared", "unbalanceable")]
+    assert all("every expert computes every token" in s.reason for s in found.moe_sites)
+
+
+def test_rows_as_experts_in_several_layers():
+    """Each layer is a site, its experts and their parameters are those of its tables alone."""
+    torch.manual_seed(0)
+    model = forms.nn.Sequential(forms_public.RetrievedRows(), forms_public.RowsByParameter(), forms_public.RetrievedRows())
+    found = explain(model, {"input": torch.randn(2, 16, forms.WIDTH)})
+    assert [(s.name, s.status, s.experts, s.top_k) for s in found.moe_sites] == [
+        (name, "unbalanceable", 64, forms.TOP_K) for name in "012"
+    ]
+    assert found.expert_parameters == 3 * 2 * 64 * forms.WIDTH
+
+
+@pytest.mark.parametrize("name", forms_public.NEGATIVES)
+def test_no_false_site(name):
+    model, inputs = forms_public.build(name)
     found = explain(model, inputs)
     assert found.moe_sites == [] and found.expert_parameters == 0
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.calls import Calls, watch_chain, watch_exchanges
+from ultraep_compile.ladder.equal_loads import equally_loaded, is_light
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings, unlike_siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
 from ultraep_compile.ladder.layer import (
@@ -138,6 +139,8 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
             new = list(_settle(model, alike, levels, calls))
             if not new and (why := _follow_data(model, alike[0], levels, calls)):
                 weak += [Finding(c.holder, "missed", why, c.parameters, len(c.group.names)) for c in alike if c.group]
+            elif not new:
+                weak += _equally_loaded(model, alike, levels, calls)
         findings += new
         settled.update(p for finding in new for p in finding.parameters)
     for finding in weak:  # unless experts were found inside or around
@@ -294,6 +297,31 @@ def _follow_data(model: nn.Module, candidate: Candidate, levels: list[str], call
         except Exception as fault:
             log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
     return ""
+
+
+def _equally_loaded(model: nn.Module, alike: list[Candidate], levels: list[str], calls: Calls) -> Iterator[Finding]:
+    """Dense mixtures in larger sums, and experts that are rows of tables; seen in the innermost module that is called."""
+    first = alike[0]
+    path = next((p for p in _upwards(first.holder) if p in calls.first), None)
+    if path is None or not first.alike or not _is_plain(calls.first[path]) or calls.ranks_of(path).size > 1:
+        return
+    if any(lifted_layer(model.get_submodule(p)) is not None for p in _upwards(first.holder)):
+        return  # by an earlier call
+    owner = model.get_submodule(path)
+    if path not in levels and not is_light(owner, sum(model.get_parameter(n).numel() for n in first.parameters)):
+        return
+    names = {n[len(path) :].lstrip(".") if path else n: n for n in first.parameters}
+    try:
+        with lent(owner), unsharded(model, path):
+            found = equally_loaded(owner, calls.first[path], _inside(first.group, path), set(names))
+    except Exception as fault:
+        log.debug("%s cannot be recorded at %r", first.holder, path, exc_info=fault)
+        return
+    if found is None:
+        return
+    for each in alike:
+        held = tuple(theirs for n, theirs in zip(names, each.parameters, strict=True) if n in found.parameters)
+        yield Finding(each.holder, "unbalanceable", found.reason, held, found.experts, found.choices)
 
 
 def _caller(here: str, path: str, calls: Calls) -> str:
