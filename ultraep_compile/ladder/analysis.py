@@ -56,7 +56,7 @@ def analyse(recording: Recording, parts: Parts, tokens: int, ranks: Ranks) -> li
         except Refusal as reason:
             if position == 0 or (isinstance(reason, Missed) and not isinstance(problem, Missed)):
                 problem = reason
-    counts = {sum(row_count(recording.raw[call[0]]) for call in calls if call) for calls in ends.values()}
+    counts = {sum(row_count(recording.raw[call[0]]) for call in calls) for calls in ends.values() if all(calls)}
     raise problem if max(ranks.every(len(counts))) < 2 else Missed(str(problem))  # uneven numbers of rows: they are routed
 
 

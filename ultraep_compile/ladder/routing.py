@@ -53,6 +53,11 @@ class Slots:
     mixed: bool
     """A row depends on several tokens."""
 
+    def shared(self) -> bool:
+        """Do all experts read the same rows? Then they are heads of one state, where those rows are not the tokens."""
+        first, *others = (self.inputs[self.expert == e] for e in self.expert.unique())
+        return all(torch.equal(first, other) for other in others)
+
     def of_all(self, ranks: Ranks, here: int) -> Slots:
         """With those of the other ranks; each has `here` experts, and they are numbered by rank."""
         if ranks.size == 1:
@@ -171,7 +176,7 @@ def _token_of_slot(
                 if bool(covered.all()):
                     node, _, owner, factor = mine[place]
                     return node, owner, factor
-    if slots.fixed and slots.mixed:
+    if slots.fixed and slots.mixed and not slots.shared():
         raise Unbalanceable(
             "its experts read rows that mix several tokens, and each expert gets equally many whatever the routing: the loads are "
             "equal by construction, there is nothing to balance"
