@@ -24,6 +24,7 @@ from ultraep_compile.ops.transport import choose_transport
 from ultraep_compile.passes.insert_balance import insert_balance, prepare_site, site_layout
 from ultraep_compile.passes.lift import Miss, Site, find_moe_sites, verify_site
 from ultraep_compile.passes.lift.nodes import is_unshard, upstream
+from ultraep_compile.passes.refused import refusal
 from ultraep_compile.worth import NEVER, least_pairs
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class Rewrite:
     options: Options
     ranks: int = 1
     group: str = ""
+    refused: dict[fx.Node, str] = field(default_factory=dict)
+    """Inputs whose sites stay as they are, with the reasons."""
     sites: list[Site] = field(default_factory=list)
     owners: list[fx.GraphModule] = field(default_factory=list)
     """The graph that each site is in: the whole one, or the body of an activation checkpoint."""
@@ -51,7 +54,9 @@ def detect_moe_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
     """Find every place where routed tokens meet per-expert parameters, and lift it. Changes nothing."""
     for owner in _bodies(gm):
         for found in _sites_or_reason(owner):
-            if isinstance(found, Site):
+            if isinstance(found, Site) and (why := refusal(found.params, rewrite.refused)):
+                rewrite.misses.append(Miss(found.name, found.source, why, found.anchors))
+            elif isinstance(found, Site):
                 rewrite.sites.append(found)
                 rewrite.owners.append(owner)
             else:

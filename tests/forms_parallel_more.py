@@ -11,10 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_reduce, all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    all_gather_tensor_autograd,
+    all_reduce,
+    all_to_all_single,
+    all_to_all_single_autograd,
+    reduce_scatter_tensor_autograd,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.forms_parallel import TOP_K, WIDTH, AllToAll, Gshard, Sorted, TopTwoGate
+from tests.forms_parallel import TOP_K, WIDTH, AllToAll, Gshard, Sorted, StackedExperts, TopTwoGate, feed_forward
 
 # ---- routers that talk to other ranks -------------------------------------------------------------------------------
 
@@ -210,8 +216,57 @@ class TwoHops(Waited):
         return back.reshape(len(counts), room, WIDTH)[number, place]
 
 
+class GatheredAround(Sorted):
+    """All rows to all ranks before a module with this rank's experts, whose sums are divided over the ranks after it."""
+
+    def exchanged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        raise AssertionError("rows are gathered")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.reshape(-1, WIDTH)
+        w, ids, _ = self.router(h, self.expert_bias)
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        rows, weights, chosen = (all_gather_tensor_autograd(t, 0, everyone) for t in (h, w, ids))
+        y = self.experts(rows, chosen - dist.get_rank() * self.each, weights)
+        return (reduce_scatter_tensor_autograd(y, "sum", 0, everyone) + self.shared(h)).view_as(x)
+
+
+class _Looped(torch.nn.Module):
+    """A module for each expert; choices are numbers of this rank's experts, and those of other ranks are left out."""
+
+    def __init__(self, each: int) -> None:
+        super().__init__()
+        self.local = torch.nn.ModuleList(feed_forward() for _ in range(each))
+
+    def forward(self, rows: Tensor, mine: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.local):
+            token, way = torch.where(mine == number)
+            out = out.index_add(0, token, expert(rows[token]) * weights[token, way, None])
+        return out
+
+
+class _Dense(StackedExperts):
+    """A gather of weights, which a graph shows; others' rows weigh nothing."""
+
+    def forward(self, rows: Tensor, mine: Tensor, weights: Tensor) -> Tensor:
+        w1, w2, w3 = self.weights()
+        ids = mine.clamp(0, len(w1) - 1)
+        a = F.silu(torch.einsum("td,tkfd->tkf", rows, w1[ids])) * torch.einsum("td,tkfd->tkf", rows, w3[ids])
+        return (torch.einsum("tkf,tkdf->tkd", a, w2[ids]) * (weights * (mine == ids))[..., None]).sum(1)
+
+
+class GatheredLooped(GatheredAround):
+    kind = _Looped  # pyright: ignore[reportAssignmentType]
+
+
+class GatheredDense(GatheredAround):
+    kind = _Dense
+
+
 FORMS = {
     k.__name__: k
     for k in (SummedLoads, SummedLoss, AgreedCapacity, Waited, Listed, OverMesh, HostsThenExperts)
 }
-REPORTED = {k.__name__: k for k in (TwoHops,)}
+REPORTED = {k.__name__: k for k in (TwoHops, GatheredLooped, GatheredDense)}

@@ -26,6 +26,7 @@ from ultraep_compile.ops import watch
 from ultraep_compile.passes.cache_key import CacheKeyPass
 from ultraep_compile.passes.lift.called import is_divided
 from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
+from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
 from ultraep_compile.shadow import Shadow
 from ultraep_compile.telemetry.recorder import get_recorder
@@ -57,7 +58,7 @@ def ultraep(
         chosen = Options.of(options)
         if chosen.disabled or (chosen.ranks in (None, 1) and chosen.group is None and not _is_sharded(gm)):
             if chosen.expect_moe_sites is not None and not chosen.disabled:  # nothing to balance, but a count to check
-                rewrite = Rewrite(chosen)
+                rewrite = Rewrite(chosen, refused=refused_inputs(gm, example_inputs))
                 run_passes(gm, rewrite, ANALYSES)
                 _check_count(rewrite)
             return compile_inner(gm, example_inputs, chosen, mode, rewritten=False)
@@ -78,7 +79,7 @@ def _is_sharded(gm: fx.GraphModule) -> bool:
 
 def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Compiled:
     original = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if options.verify else None
-    rewrite = Rewrite(options, snapshots=[] if wants_snapshots() else None)
+    rewrite = Rewrite(options, refused=refused_inputs(gm, example_inputs), snapshots=[] if wants_snapshots() else None)
     with saved_tensors_hooks(lambda t: t, lambda t: t):  # trials are no part of a checkpointed forward that is being compiled
         gm = run_passes(gm, rewrite)
     add_report(GraphReport.of(gm, rewrite))

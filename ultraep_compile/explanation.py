@@ -24,6 +24,7 @@ from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.passes.lift import Miss, Site
 from ultraep_compile.passes.lift.nodes import upstream
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
+from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.preparation import as_call, prepare_call
 from ultraep_compile.worth import tokens_to_break_even
 
@@ -139,7 +140,8 @@ def explain(
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        rewrite = Rewrite(Options(redundant_experts=0), snapshots=[] if snapshots else None)
+        refused = refused_inputs(gm, example_inputs)
+        rewrite = Rewrite(Options(redundant_experts=0), refused=refused, snapshots=[] if snapshots else None)
         rewrites.append(rewrite)
         places.update(_place_of_break(gm))
         given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tests import forms_parallel, forms_parallel_more
+from tests import forms_parallel, forms_parallel_more, zoo
 from tests.balancing import backend
 from tests.multirank import run_ranks
 from ultraep_compile import explain, shard_experts
-from ultraep_compile.errors import ShardingError
+from ultraep_compile.errors import ShardingError, TopologyError
 from ultraep_compile.ladder.install import lifted_layer
+from ultraep_compile.ops import alike
+from ultraep_compile.ops.alike import digest
 from ultraep_compile.report import collect_reports
 
 
@@ -111,6 +114,8 @@ def test_equal_to_itself(world: int, each: int, names: tuple[str, ...], transpor
 
 REASONS = {
     "Gathered": ("unbalanceable", "expert-parallel already: its forward exchanges rows by all_gather"),
+    "GatheredLooped": ("unbalanceable", "expert-parallel already: its forward exchanges rows by all_gather"),
+    "GatheredDense": ("missed", "expert-parallel already: its forward exchanges rows by all_gather"),
     "Keeping": ("missed", "it keeps last_rows in the module, made from what all_to_all_single brought"),
     "Unlike": ("missed", "do not compute the same"),
     "AcrossRows": ("missed", ""),
@@ -148,3 +153,39 @@ def test_reported_and_left_alone(world: int, each: int, reasons: dict[str, tuple
         for (name, (status, reason)), found in zip(reasons.items(), rank, strict=True):
             assert found[0] == status and reason in found[1], (name, found)
             assert found[2:] == (True, True), (name, found)
+
+
+def _of_its_own(rank: int) -> tuple[str, str]:
+    """With the option `group`: what is said to a rank whose experts are not those of the others, and where they are."""
+    torch.manual_seed(0)
+    call = torch.compile(zoo.HandMoE(), backend=backend(group=dist.group.WORLD))
+    x = torch.randn(2, 16, zoo.WIDTH, generator=torch.Generator().manual_seed(rank))
+    call(x)
+    torch._dynamo.reset()
+    alike._compared.clear()
+    said = []
+    layer = zoo.HandMoE()
+    for seed in (rank, rank + 2):  # the second step is no better than the first
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.normal_(0, 0.1)
+        with pytest.raises(TopologyError) as refused:
+            torch.compile(layer, backend=backend(group=dist.group.WORLD))(x)
+        said.append(str(refused.value))
+    return said[0], said[1]
+
+
+def test_with_the_option_group_experts_that_differ_between_ranks_are_refused() -> None:
+    for said in run_ranks(2, _of_its_own):
+        for text in said:
+            assert "the weights of ranks 0 and 1 differ" in text and "leave 'group' out" in text and "shard_experts" in text
+
+
+def test_digest_is_exact() -> None:
+    assert int(digest(torch.tensor([0.0, 1.0]))) == 0x3F800000
+    weight = torch.randn(3, 5, 7)
+    other = weight.clone()
+    other[1, 2, 3] = torch.nextafter(other[1, 2, 3], torch.tensor(10.0))
+    for dtype in (torch.float32, torch.float64):
+        assert int(digest(weight.to(dtype))) == int(digest(weight.to(dtype).mT)) != int(digest(other.to(dtype)))

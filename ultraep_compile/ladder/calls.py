@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.groups import Siblings
 from ultraep_compile.ladder.recording import Call
-from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, noticed
+from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, is_gathering, noticed
 
 
 @dataclass(slots=True)
@@ -30,6 +30,9 @@ class Calls:
     exchanging: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """Modules that send rows to other ranks, in their forward or in hooks on it, and the group."""
 
+    gathering: dict[str, tuple[str, dist.ProcessGroup]] = field(default_factory=dict)
+    """Modules that bring all rows to all ranks: the collective and the group."""
+
     def uneven(self, group: Siblings) -> bool:
         """Were the siblings given unequally much?"""
         prefix = f"{group.container}." if group.container else ""
@@ -37,13 +40,24 @@ class Calls:
 
     def exchanging_inside(self, group: Siblings) -> bool:
         """Do the siblings themselves send rows elsewhere? Then they are layers, not experts."""
-        prefix = f"{group.container}." if group.container else ""
-        return any(f"{path}.".startswith(f"{prefix}{name}.") for name in group.names for path in self.exchanging)
+        return any(_is_in(path, group) for path in self.exchanging)
+
+    def gathers_at(self, path: str, group: Siblings | None) -> tuple[str, dist.ProcessGroup] | None:
+        """The first collective by which this module, or one inside of it but none of the siblings, gathers rows."""
+        around = [(p, g) for p, g in self.gathering.items() if not _is_in(p, group)]
+        inside = [g for p, g in around if p == path or p.startswith(f"{path}.") or not path]
+        return inside[0] if inside else None
 
     def ranks_of(self, path: str) -> Ranks:
         """The processes that run this module together."""
         inside = [g for p, g in self.exchanging.items() if p == path or p.startswith(f"{path}.") or not path]
         return Ranks(inside[0]) if inside else ALONE
+
+
+def _is_in(path: str, group: Siblings | None) -> bool:
+    """Is a module one of the siblings, or inside of one?"""
+    prefix = f"{group.container}." if group and group.container else ""
+    return group is not None and any(f"{path}.".startswith(f"{prefix}{name}.") for name in group.names)
 
 
 @contextlib.contextmanager
@@ -62,6 +76,8 @@ def watch_exchanges(modules: dict[str, nn.Module], calls: Calls) -> Iterator[Non
             calls.exchanging.setdefault(running[-1][0], group)
             for path, call in running:
                 calls.first.setdefault(path, call)
+        elif is_gathering(name) and running:
+            calls.gathering.setdefault(running[-1][0], (name, group))
 
     handles = []
     for path, module in modules.items():

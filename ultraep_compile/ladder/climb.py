@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.calls import Calls, watch_chain, watch_exchanges
@@ -27,6 +28,7 @@ from ultraep_compile.ladder.layer import (
     gating_of,
     lift_layer,
     meets_rows_of_others,
+    not_by_all_to_all,
     recheck,
     routed_product,
     rows_follow_data,
@@ -35,9 +37,12 @@ from ultraep_compile.ladder.lent import lent
 from ultraep_compile.ladder.probes import main_input
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
+from ultraep_compile.ladder.together import Ranks
 from ultraep_compile.ladder.unsharded import unsharded
+from ultraep_compile.ops.alike import digest
 from ultraep_compile.passes.lift import Site, find_moe_sites
 from ultraep_compile.passes.lift.values import Refusal
+from ultraep_compile.passes.refused import allow, refuse
 
 log = logging.getLogger(__name__)
 _LEVELS = 3
@@ -126,6 +131,12 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
     settled: set[str] = set()
     weak: list[Finding] = []
     kinds: dict[tuple, list[Candidate]] = {}
+    allow(model.get_parameter(n) for candidate in found for n in candidate.parameters)
+    for candidate, name, size in _divided_by_gathering(model, found, calls):
+        experts, why = len(candidate.group.names) if candidate.group else None, not_by_all_to_all(name, size)
+        findings.append(Finding(candidate.holder, "unbalanceable", why, candidate.parameters, experts))
+        refuse((model.get_parameter(n) for n in candidate.parameters), why)
+        settled.update(candidate.parameters)
     for candidate in [*found, *_lone(model, found, calls)]:
         kinds.setdefault(_kind(model, candidate), []).append(candidate)
     for alike in kinds.values():
@@ -149,6 +160,30 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
             settled.update(finding.parameters)
     order = {n: i for i, (n, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
+
+
+def _divided_by_gathering(model: nn.Module, found: list[Candidate], calls: Calls) -> Iterator[tuple[Candidate, str, int]]:
+    """Candidates whose weights differ between ranks that gather rows around them; the collective and the number of ranks.
+
+    What gathers the same experts' rows (sequence parallelism, FSDP) holds the same weights on all ranks. All ranks compare all
+    candidates at once, before any of them is looked at: what is found later may differ.
+    """
+    suspects: dict[str, list[tuple[Candidate, str, dist.ProcessGroup]]] = {}
+    for candidate in found:
+        group = candidate.group
+        if not candidate.stacked and (group is None or group.container in calls.chained or calls.exchanging_inside(group)):
+            continue
+        weights = [model.get_parameter(n) for n in candidate.parameters]
+        levels = _upwards(candidate.holder)[:_LEVELS]
+        around = next(filter(None, (calls.gathers_at(p, group) for p in levels)), None)
+        if around is not None and not any(w.is_meta or isinstance(w, DTensor) for w in weights):
+            suspects.setdefault(around[1].group_name, []).append((candidate, *around))
+    for _, those in sorted(suspects.items()):
+        ranks = Ranks(those[0][2])
+        every = ranks.every([[int(digest(model.get_parameter(n))) for n in c.parameters] for c, _, _ in those])
+        for index, (candidate, name, _) in enumerate(those):
+            if any(each[index] != every[0][index] for each in every):
+                yield candidate, name, ranks.size
 
 
 def _lone(model: nn.Module, found: list[Candidate], calls: Calls) -> Iterator[Candidate]:

@@ -152,15 +152,19 @@ def _attempt(
     raise problem
 
 
+def not_by_all_to_all(name: str, ranks: int) -> str:
+    return (
+        f"it is expert-parallel already: its forward exchanges rows by {name} over {ranks} ranks, and only all-to-all can be "
+        "replaced. Build it over one rank, or leave the balance to its own dispatcher"
+    )
+
+
 def _judge_exchanges(recording: Recording, ranks: Ranks) -> None:
     """Do the layer's exchanges join the ranks that are looking at it, and no others?"""
     over = [(n, g) for n, g in recording.exchanges if is_dispatch(n)]
     if ranks.size == 1 and recording.exchanges:
         name, group = recording.exchanges[0]
-        raise Unbalanceable(
-            f"it is expert-parallel already: its forward exchanges rows by {name} over {group.size()} ranks, and only all-to-all can be "
-            "replaced. Build it over one rank, or leave the balance to its own dispatcher"
-        )
+        raise Unbalanceable(not_by_all_to_all(name, group.size()))
     if ranks.size > 1 and not over:
         raise Refusal("its rows are exchanged with other ranks around it, not in its forward")
     if len({g.group_name for _, g in over}) > 1:

@@ -99,6 +99,11 @@ def is_dispatch(name: str) -> bool:
     return "all_to_all" in name
 
 
+def is_gathering(name: str) -> bool:
+    """Does it bring all rows to all ranks, or divide sums of them again? Experts can be divided over ranks by these, too."""
+    return "gather" in name or "reduce_scatter" in name
+
+
 def is_repeatable(name: str) -> bool:
     """May a new forward do this exchange too? What is summed over ranks beside the experts, loads say, is no row of a token."""
     return name == "all_reduce"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.ops import watch
+from ultraep_compile.ops.alike import weights_must_be_alike
 from ultraep_compile.ops.derivatives import only_first_derivatives
 from ultraep_compile.ops.dispatch import EVERYTHING, Positions, Round, buffer_rows
 from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
@@ -160,6 +161,8 @@ def experts(
         symmetric transport notes of its rounds.
     """
     site = _sites[site_key]
+    if site.group and not site.sharded:
+        weights_must_be_alike(site.name, site.group, params)
     if isinstance(site.transport, SymmetricTransport):
         from ultraep_compile.ops import symmetric
 

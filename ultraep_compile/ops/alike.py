@@ -1,0 +1,46 @@
+"""Are weights that every rank should hold whole the same on all of them? By digests, which are cheap to send."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultraep_compile.errors import TopologyError
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits read as integers, int64 []: exact, and the same in any order of summing.
+
+    Example: float32 [0.0, 1.0] -> 0x3f800000 = 1065353216.
+    """
+    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return plain.contiguous().view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64)
+
+
+_compared: set[tuple] = set()
+
+
+def weights_must_be_alike(layer: str, group: str, params: list[Tensor]) -> None:
+    """At the first step of a layer with experts that all ranks hold whole; all ranks come here together.
+
+    Raises: TopologyError on all ranks.
+    """
+    what = (layer, group, *(p.shape for p in params))
+    if what in _compared or not params:
+        return
+    mine = torch.stack([digest(p) for p in params])
+    ranks = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(every, mine, group=ranks)
+    digests = [tuple(each.tolist()) for each in every]
+    if len(set(digests)) > 1:
+        other = next(r for r, d in enumerate(digests) if d != digests[0])
+        raise TopologyError(
+            f"{layer}: with the option 'group' every rank must hold all experts, the same on all ranks, but the weights of ranks 0 and "
+            f"{other} differ. If each rank holds experts of its own (the model is expert-parallel already), leave 'group' out; if "
+            "they should be the same, load the same weights on all ranks, or call shard_experts."
+        )
+    _compared.add(what)
