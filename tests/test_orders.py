@@ -320,6 +320,7 @@ def _transformers_own(rank: int, folder: str) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_model_that_transformers_divides_itself_is_refused_by_name(tmp_path) -> None:
     model, _ = zoo.build("mixtral", "batched_mm")
     model.save_pretrained(tmp_path)

@@ -86,7 +86,7 @@ def _equal_to_itself(rank: int, world: int, each: int, names: tuple[str, ...], t
 
 ALL = tuple(forms_parallel.FORMS | forms_parallel_more.FORMS)
 CASES = [
-    (2, 2, ("Gshard", "HookedGrouped", "SummedLoads"), "auto"),
+    (2, 2, ("HookedGrouped", "SummedLoads"), "auto"),
     (4, 1, ("Decoder",), "symmetric"),
     *(pytest.param(world, each, ALL, "auto", marks=pytest.mark.slow) for world, each in ((2, 3), (4, 1), (4, 2))),
     pytest.param(4, 2, ("Halves",), "auto", marks=pytest.mark.slow),
