@@ -268,7 +268,7 @@ def _exchanging_level(model: nn.Module, candidate: Candidate, levels: list[str],
     """The innermost module in whose forward a candidate's weights meet rows that come from other ranks, if there is one."""
     for path in levels:
         if (ranks := calls.ranks_of(path)).size > 1:
-            inside = {n[len(path) :].lstrip(".") if path else n for n in candidate.parameters}
+            inside = {_below(path, n) for n in candidate.parameters}
             if meets_rows_of_others(model.get_submodule(path), calls.first[path], inside, ranks):
                 return path
     return None
@@ -306,7 +306,7 @@ def _installed(
 def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str:
     """Where the routing of stacked experts shows, although nothing could be made of them."""
     for path in levels:
-        inside = {n[len(path) :].lstrip(".") if path else n for n in candidate.parameters}
+        inside = {_below(path, n) for n in candidate.parameters}
         try:
             if source := routed_product(model.get_submodule(path), calls.first[path], inside):
                 return source
@@ -319,8 +319,8 @@ def _follow_data(model: nn.Module, candidate: Candidate, levels: list[str], call
     """Why siblings that are given rows by their values, and so are experts, are not rewritten; "" for others."""
     if candidate.group is None or not calls.uneven(candidate.group):
         return ""
-    if any(lifted_layer(model.get_submodule(path)) is not None for path in _upwards(candidate.holder)):
-        return ""  # by an earlier call
+    if _is_lifted(model, candidate):
+        return ""
     why = "its experts have weights of different sizes, and a copy of one does not fit in the place of another"
     for path in levels:
         group = _inside(candidate.group, path)
@@ -340,12 +340,12 @@ def _equally_loaded(model: nn.Module, alike: list[Candidate], levels: list[str],
     path = next((p for p in _upwards(first.holder) if p in calls.first), None)
     if path is None or not first.alike or not _is_plain(calls.first[path]) or calls.ranks_of(path).size > 1:
         return
-    if any(lifted_layer(model.get_submodule(p)) is not None for p in _upwards(first.holder)):
-        return  # by an earlier call
+    if _is_lifted(model, first):
+        return
     owner = model.get_submodule(path)
     if path not in levels and not is_light(owner, sum(model.get_parameter(n).numel() for n in first.parameters)):
         return
-    names = {n[len(path) :].lstrip(".") if path else n: n for n in first.parameters}
+    names = {_below(path, n): n for n in first.parameters}
     try:
         with lent(owner), unsharded(model, path):
             found = equally_loaded(owner, calls.first[path], _inside(first.group, path), set(names))
@@ -357,6 +357,11 @@ def _equally_loaded(model: nn.Module, alike: list[Candidate], levels: list[str],
     for each in alike:
         held = tuple(theirs for n, theirs in zip(names, each.parameters, strict=True) if n in found.parameters)
         yield Finding(each.holder, "unbalanceable", found.reason, held, found.experts, found.choices)
+
+
+def _is_lifted(model: nn.Module, candidate: Candidate) -> bool:
+    """By an earlier call."""
+    return any(lifted_layer(model.get_submodule(path)) is not None for path in _upwards(candidate.holder))
 
 
 def _caller(here: str, path: str, calls: Calls) -> str:
@@ -416,6 +421,11 @@ def _parts(path: str) -> list[str]:
     return path.split(".") if path else []
 
 
+def _below(path: str, name: str) -> str:
+    """A name as the module at `path` knows it."""
+    return name[len(path) :].lstrip(".") if path else name
+
+
 def _upwards(path: str) -> list[str]:
     parts = _parts(path)
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
@@ -446,5 +456,4 @@ def _is_layer(model: nn.Module, path: str, alike: list[Candidate]) -> bool:
 def _inside(group: Siblings | None, path: str) -> Siblings | None:
     if group is None:
         return None
-    container = group.container[len(path) :].lstrip(".") if path else group.container
-    return Siblings(container, group.names, group.roles)
+    return Siblings(_below(path, group.container), group.names, group.roles)
