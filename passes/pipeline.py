@@ -89,21 +89,20 @@ def _bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
 def _called_bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
     """(name of the operator, graph that it is given)."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
-            for argument in node.args:
-                if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                    body = getattr(gm, str(argument.target), None)
-                    if isinstance(body, fx.GraphModule):
-                        yield node.target.name(), body
+        yield from ((node.target.name(), body) for body in _bodies_given_to(gm, node))
 
 
-def bodies_run_by(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    """Bodies that a node runs as they are."""
-    if node.op != "call_function" or getattr(node.target, "_name", "") not in _TRANSPARENT:
+def _bodies_given_to(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return []
     named = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
     found = [getattr(gm, str(a.target), None) for a in named]
     return [b for b in found if isinstance(b, fx.GraphModule)]
+
+
+def bodies_run_by(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """Bodies that a node runs as they are."""
+    return [b for b in _bodies_given_to(gm, node) if node.target.name() in _TRANSPARENT]  # pyright: ignore
 
 
 def _hidden(gm: fx.GraphModule) -> Iterator[Miss]:

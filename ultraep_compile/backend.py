@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ultraep_compile.config import Options
@@ -80,8 +79,7 @@ def _is_sharded(gm: fx.GraphModule) -> bool:
 def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Compiled:
     original = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if options.verify else None
     rewrite = Rewrite(options, refused=refused_inputs(gm, example_inputs), snapshots=[] if wants_snapshots() else None)
-    with saved_tensors_hooks(lambda t: t, lambda t: t):  # trials are no part of a checkpointed forward that is being compiled
-        gm = run_passes(gm, rewrite)
+    gm = run_passes(gm, rewrite)
     add_report(GraphReport.of(gm, rewrite))
     _check_count(rewrite)
     _say_what_is_missing(rewrite)
