@@ -83,7 +83,7 @@ EXPECTED: dict[str, tuple[type[UltraEPError], str]] = {
     "foreign": (ScheduleError, "ranks 3; this pipeline has 2"),
     "short": (ScheduleError, "microbatches 6; this pipeline has 4"),
     "few": (ScheduleError, "do not fill one group"),
-    "unequal": (PipelineError, "needs the same batch"),
+    "unequal": (PipelineError, "Give every rank the same batch"),
     "untraced": (PipelineError, "trace=True"),
     "state": (PipelineError, "lacks"),
 }

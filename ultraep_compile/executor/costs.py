@@ -39,14 +39,19 @@ def weights(module: nn.Module, model: nn.Module | None = None) -> int:
 
 def estimated_rates(parts: Parts, model: nn.Module | None = None) -> Rates:
     """Rates in proportion to the parameters that a row meets. The first stage looks its table up; a tied head multiplies."""
-    encoders, backwards = [], []
-    for encoder in parts.encoders:
-        rate = weights(encoder.module) / _row(encoder.module)
-        encoders.append(rate)
-        backwards.append(_BACKWARD * rate if any(p.requires_grad for p in encoder.module.parameters()) else 0.0)
+    encoders = tuple(weights(e.module) / _row(e.module) for e in parts.encoders)
     stages = tuple(float(weights(s.module, (model or s.module) if s.index == 0 else None)) for s in parts.stages)
     generators = tuple((1 + _BACKWARD) * weights(g.module) for g in parts.generators)
-    return Rates(tuple(encoders), tuple(backwards), generators, stages, tuple(_BACKWARD * s for s in stages))
+    return follow_trained(
+        Rates(encoders, (0.0,) * len(encoders), generators, stages, tuple(_BACKWARD * s for s in stages)), parts
+    )
+
+
+def follow_trained(rates: Rates, parts: Parts) -> Rates:
+    """Rates that know which encoders are trained now: a frozen one has no backward, one just unfrozen is estimated."""
+    trained = [any(p.requires_grad for p in e.module.parameters()) for e in parts.encoders]
+    known = zip(trained, rates.encoder_forward, rates.encoder_backward, strict=True)
+    return replace(rates, encoder_backward=tuple((old or _BACKWARD * f) if t else 0.0 for t, f, old in known))
 
 
 def _row(module: nn.Module) -> int:

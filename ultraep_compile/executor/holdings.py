@@ -18,8 +18,8 @@ class Holdings:
     """Names of this rank's parameters. Names, since a parameter may be replaced (fully_shard) before the first step."""
 
     named: tuple[str, ...]  # held here, each parameter once
-    replicated: tuple[str, ...]  # of encoders and generators: on every rank
-    tied: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]  # (ranks whose stages share them, names)
+    replicated: tuple[str, ...]  # of encoders and generators, trained or not: on every rank
+    tied: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]  # (ranks whose stages share them, names), trained or not
     owners: dict[str, int]  # lowest rank that holds each parameter of the whole model
     counted: frozenset[str]  # those whose norm this rank counts
 
@@ -59,11 +59,11 @@ def holdings(names: dict[str, nn.Parameter], parts: Parts, stage_rank: tuple[int
     named = tuple(dict.fromkeys(first[p] for p in names.values() if rank in where[p]))
     shared: dict[tuple[int, ...], list[str]] = {}
     for p, ranks in where.items():
-        if 1 < len(ranks) and p not in everywhere and p.requires_grad:
+        if 1 < len(ranks) and p not in everywhere:
             shared.setdefault(tuple(sorted(ranks)), []).append(first[p])
     return Holdings(
         named,
-        tuple(first[p] for p in everywhere if p.requires_grad),
+        tuple(first[p] for p in everywhere),
         tuple((ranks, tuple(tied)) for ranks, tied in sorted(shared.items())),
         {name: min(where[p]) for name, p in names.items()},
         frozenset(first[p] for p in names.values() if min(where[p]) == rank),

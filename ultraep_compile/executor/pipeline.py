@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,19 @@ from ultraep_compile.backend import ultraep
 from ultraep_compile.decorator import take_options
 from ultraep_compile.errors import OptionError, PeerTimeoutError, PipelineError
 from ultraep_compile.executor import gradients
+from ultraep_compile.executor.agreement import Facts, Shared, batch_facts, digest_of, disagreements, listed
 from ultraep_compile.executor.channels import communicators, forget
 from ultraep_compile.executor.costs import (
     Rates,
     estimated_rates,
+    follow_trained,
     make_problem,
     measured_rates,
     measured_work,
     step_sizes,
 )
-from ultraep_compile.executor.holdings import Holdings, gather_state, holdings, let_go, names_of
+from ultraep_compile.executor.follow import Structure, check_names, modes, sharded_stay, ties_of
+from ultraep_compile.executor.holdings import Holdings, gather_state, holdings, let_go, names_of, part_names
 from ultraep_compile.executor.memory import Meter
 from ultraep_compile.executor.program import Program, check_fits, program_of
 from ultraep_compile.executor.run import Clock, StepRun, Units
@@ -141,10 +143,15 @@ class Pipeline:
         self.held: Holdings = holdings(names_of(model, parts), parts, self.stage_rank, self.rank)
         self.meter = Meter(settings.measure_memory)
         self.units = self._units()
+        self._common = _common_modules(model, parts)
         self._bound: dict[str, nn.Parameter] = {}
         self._reductions: list[gradients.Reduction] = []
+        self._ties = ties_of(names_of(model, parts))
+        self._trained: list[bool] = []  # of the parameters bound
+        self._alike_beside = True  # do pipelines beside this one train the same?
+        self.bind()
         if model is not None:
-            let_go(model, self.bind().values())
+            let_go(model, self._bound.values())
         self.communicators = communicators(self.group, self.device, settings.deadline)
         self.control, self.channels = self.communicators.control, self.communicators.channels
         self.clock = Clock(self.device, settings.trace or settings.costs == "measured")
@@ -168,8 +175,9 @@ class Pipeline:
         )
 
     def bind(self) -> dict[str, nn.Parameter]:
-        """Look up this rank's parameters as they are now: until the first step they may be replaced (`fully_shard`)."""
-        names = names_of(self.model, self.parts)
+        """Look up this rank's parameters as they are now: they may be replaced (`fully_shard`), frozen, and unfrozen."""
+        names = sharded_stay(self._bound, names_of(self.model, self.parts))
+        check_names(self._ties, ties_of(names))
         bound = {name: names[name] for name in self.held.named}
         for name, p in bound.items():  # for clip_grad_norm_
             p._ultraep_pipeline = (self.group, name in self.held.counted)  # pyright: ignore[reportAttributeAccessIssue]
@@ -178,15 +186,26 @@ class Pipeline:
             unit.bind(self.model)
         for unit in self.units.encoders:
             unit.bind()
-        jobs = [gradients.Reduction(self.group, [names[n] for n in self.held.replicated])]
+
+        def trained(several: Iterable[str]) -> list[nn.Parameter]:
+            return [names[n] for n in several if names[n].requires_grad]
+
+        jobs = [gradients.Reduction(self.group, trained(self.held.replicated))]
         for ranks, tied in self.held.tied:
             if self.rank in ranks:
-                jobs.append(gradients.Reduction(self.group, [names[n] for n in tied], among=ranks))
+                jobs.append(gradients.Reduction(self.group, trained(tied), among=ranks))
         if self.dim is not None:
-            trainable = [p for p in bound.values() if p.requires_grad]
-            jobs += gradients.outer_reductions(trainable, self.mesh, self.dim)
+            jobs += gradients.outer_reductions(trained(bound), self.mesh, self.dim)
         self._bound, self._reductions = bound, jobs
+        self._trained = [p.requires_grad for p in bound.values()]
+        self.rates = follow_trained(self.rates, self.parts)
+        self._structure = Structure([self.model] if self.model else [m for _, m in part_names(self.parts)])
         return bound
+
+    def _follow(self) -> None:
+        """Bind anew if the user has changed what is trained, or replaced parameters."""
+        if self._structure.changed() or self._trained != [p.requires_grad for p in self._bound.values()]:
+            self.bind()
 
     def layers(self) -> list[nn.Module]:
         """What of this rank's stages is worth compiling: the model's layers, or stages that are modules of their own."""
@@ -212,10 +231,9 @@ class Pipeline:
         Raises: PipelineError if the ranks were given different things; PeerTimeoutError if one does not answer in time;
             PartsError if the batch does not divide.
         """
+        self._follow()
         microbatches = self.parts.microbatches(batch, self.settings.microbatches)
-        program = self._program_for(microbatches)
-        if not self.steps:
-            self.bind()
+        program = self._program_for(microbatches, batch)
         before = {p: p.grad for p in self._bound.values() if p.grad is not None}
         for p in before:
             p.grad = None
@@ -236,7 +254,7 @@ class Pipeline:
         loss, metrics = self._share(outcome.loss, outcome.metrics)
         return StepResult(loss, metrics, dict(self.meter.peak))
 
-    def _program_for(self, microbatches: Sequence[Microbatch]) -> Program:
+    def _program_for(self, microbatches: Sequence[Microbatch], batch: Mapping[str, Any]) -> Program:
         """The plan of this batch, made here and equal everywhere; made anew only if the batch's costs are."""
         settings = self.settings
         if len(microbatches) != settings.microbatches:
@@ -256,14 +274,16 @@ class Pipeline:
             program = self._programs[problem] = program_of(schedule, self.rank)
             if len(self._programs) > _PLANS:
                 self._programs.popitem(last=False)
-        self._agree(program.schedule, len(microbatches))
+        self._agree(program, batch)
         return program
 
     def _problem(self, microbatches: Sequence[Microbatch]) -> Problem:
         means: list[float] | None = None
         if self.outer_groups:
-            table = self._mean_over_pipelines(step_sizes(self.parts, microbatches))
+            told = digest_of(self._trained) % 2**20  # small, so that sums of squares over all pipelines are exact
+            *table, mean, square = self._mean_over_pipelines([*step_sizes(self.parts, microbatches), told, told**2])
             means = [float(f"{x:.3g}") for x in table]
+            self._alike_beside = mean == told and square == told**2
         split = self.settings.generator == "split"
         return make_problem(self.parts, microbatches, self.rates, self.stage_rank, split, means)
 
@@ -274,23 +294,41 @@ class Pipeline:
             table /= group.size()
         return table.tolist()
 
-    def _agree(self, schedule: Schedule, microbatches: int) -> None:
-        """Raise on every rank unless all have the same plan. Also where every step begins at the same time."""
-        digest = hashlib.blake2b(repr(schedule.ranks).encode(), digest_size=7).digest()
-        mine = torch.tensor([int.from_bytes(digest, "little"), self.steps, microbatches])
+    def _agree(self, program: Program, batch: Mapping[str, Any]) -> None:
+        """Raise on every rank unless all have alike what they must. Also where every step begins at the same time."""
         try:
-            all_ranks = _rows(mine, self.control)
+            odd = disagreements(self._alike(program, batch), self.control)
         except RuntimeError as error:
             raise PeerTimeoutError(
                 f"Rank {self.rank}: some rank of the pipeline did not begin step {self.steps} within "
                 f"{self.settings.deadline:g} s, or is gone. ({str(error).splitlines()[0]})"
             ) from error
-        odd = [r for r in range(self.ranks) if not torch.equal(all_ranks[r], mine)]
-        if odd:
+        if not self._alike_beside and not odd:  # a pipeline of one rank
+            odd = [("what is trained, beside other pipelines,", [self.rank])]
+        by_ranks: dict[tuple[int, ...], list[str]] = {}
+        for what, ranks in odd:
+            by_ranks.setdefault(tuple(ranks), []).append(what)
+        if by_ranks:
+            told = "; ".join(f"{listed(what)} on ranks {list(ranks)}" for ranks, what in by_ranks.items())
             raise PipelineError(
-                f"Ranks {odd} plan step {self.steps} differently from rank {self.rank}. Every rank of a pipeline needs the same"
-                " batch, options and number of steps."
+                f"The ranks of a pipeline differ in step {self.steps}: {told}, against the others. Give every rank the same batch"
+                " (loaders with the same seed), options and number of steps, and freeze, unfreeze, train() and eval() alike."
             )
+
+    def _alike(self, program: Program, batch: Mapping[str, Any]) -> list[Shared]:
+        """What all ranks must have alike, and what those that share weights must."""
+        facts: Facts = {"the schedule": program.digest, "the number of steps": self.steps}
+        if not self._alike_beside:
+            facts["what is trained, beside other pipelines,"] = 1 + self.rank  # unlike everyone's
+        if self.settings.compare_batches:
+            facts |= {f"the batch's {path}": number for path, number in batch_facts(batch).items()}
+        facts["modes (train or eval)"] = modes(self._common)
+        facts |= self._trained_facts(self.held.replicated)
+        among = [(ranks, self._trained_facts(names) if self.rank in ranks else {}) for ranks, names in self.held.tied]
+        return [(tuple(range(self.ranks)), facts), *among]
+
+    def _trained_facts(self, names: Iterable[str]) -> Facts:
+        return {f"whether {name} is frozen": int(self._bound[name].requires_grad) for name in names}
 
     def _share(self, loss: Tensor, metrics: list[tuple[bool, Tensor]]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and metrics of all ranks on every rank."""
@@ -346,11 +384,13 @@ class Pipeline:
 
     def problem(self, batch: Mapping[str, Any]) -> Problem:
         """The problem that a batch poses, for `schedules.plan`. Collective where pipelines stand side by side."""
+        self._follow()
         return self._problem(self.parts.microbatches(batch, self.settings.microbatches))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What this rank holds, each parameter once, under the unmodified model's names."""
-        yield from (self._bound if self.steps else self.bind()).items()
+        self._follow()
+        yield from self._bound.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What this rank holds, for its optimizer. What several ranks hold gets equal gradients, so it stays equal."""
@@ -398,6 +438,14 @@ def _rows(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     rows = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(rows, mine, group=group)
     return torch.stack(rows)
+
+
+def _common_modules(model: nn.Module | None, parts: Parts) -> list[nn.Module]:
+    """Modules that every rank runs: all but the layers of the language model. Users may switch those of one rank alone."""
+    if model is None:
+        return [m for part in (*parts.encoders, *parts.generators) for m in part.module.modules()]
+    layers = {m for layer in parts.anatomy.layers for m in layer.modules()}
+    return [m for m in model.modules() if m not in layers]
 
 
 def find_dim(mesh: DeviceMesh, name: str | None) -> str | None:

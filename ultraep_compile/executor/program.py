@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ultraep_compile.errors import ScheduleError
+from ultraep_compile.executor.agreement import digest_of
 from ultraep_compile.schedules import Message, Op, Problem, Schedule, validate
 from ultraep_compile.schedules.dependencies import Graph
 from ultraep_compile.schedules.messages import Action, lower, messages_of
@@ -25,6 +26,7 @@ class Program:
     hosts: dict[tuple[int, int, int], int]  # (encoder, microbatch, item or ALL) -> rank that encodes it
     generated: frozenset[int]  # microbatches that some generator works on, anywhere
     last: frozenset[Op]  # the last backward of each of this rank's stages
+    digest: int  # of the schedule: equal on ranks that run the same
 
     @property
     def problem(self) -> Problem:
@@ -70,6 +72,7 @@ def program_of(schedule: Schedule, rank: int) -> Program:
         hosts,
         frozenset(j for ops in schedule.ranks for op in ops if op.kind == "G" for j in op.microbatches),
         frozenset(last.values()),
+        digest_of(schedule.ranks),
     )
 
 

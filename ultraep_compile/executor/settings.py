@@ -37,6 +37,8 @@ class Settings:
     """What plans are made from: `estimated` from parameters and sizes; `measured`: from the second step's times."""
     schedule: Schedule | None = None
     """A schedule to follow in every step, instead of planning one for each batch."""
+    compare_batches: bool = True
+    """Compare a checksum of every value of the ranks' batches when a step begins: ranks of one pipeline need the same batch."""
     trace: bool = False
     """Measure every operation of every step (`Pipeline.timeline`). On a GPU this waits for the device after each step."""
     measure_memory: bool = False
