@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ultraep_compile.schedules.actions import Op
 from ultraep_compile.schedules.base import Orders
 from ultraep_compile.schedules.dependencies import Graph, durations
+from ultraep_compile.schedules.holdings import memory_steps
 from ultraep_compile.schedules.problem import Problem
-from ultraep_compile.schedules.work import Slots, backward_of
 
 if TYPE_CHECKING:
     from ultraep_compile.schedules.nested import BaseRun
@@ -60,6 +60,17 @@ class Blocks:
         if ops:
             self.ranks[rank].setdefault(position, []).extend(ops)
 
+    def encoder_peak(self, problem: Problem) -> float:
+        """The most that a rank holds at once, in microbatches of one encoder."""
+        worst = 0.0
+        for inserted in self.ranks:
+            held = [0.0] * len(problem.encoders)
+            for op, takes, gives in memory_steps(problem, [op for at in sorted(inserted) for op in inserted[at]]):
+                held[op.stage] += sum(amount for what, amount in takes if what == "count")
+                worst = max(worst, held[op.stage])
+                held[op.stage] -= sum(amount for what, amount in gives if what == "count")
+        return round(worst, 9)
+
     def merge(self, orders: Orders) -> tuple[tuple[Op, ...], ...]:
         merged = []
         for inserted, order in zip(self.ranks, orders, strict=True):
@@ -79,9 +90,9 @@ class Windows:
     in the cool-down, the gaps after its last forward (used from their beginning) and the time after its last
     operation. Work goes to the roomier one."""
 
-    __slots__ = ("early_room", "late_room", "problem", "run", "slots")
+    __slots__ = ("early_room", "late_room", "problem", "run")
 
-    def __init__(self, run: BaseRun, slots: Slots, problem: Problem) -> None:
+    def __init__(self, run: BaseRun, problem: Problem) -> None:
         self.run = run
         start, end, graph = run.start, run.end, run.graph
         total = max(end)
@@ -96,18 +107,18 @@ class Windows:
             tail = max(i for i, op in enumerate(ops) if op.kind == "F") + 1
             gaps = sum(start[a + i] - end[a + i - 1] for i in range(tail, len(ops)))
             self.late_room.append({len(ops): total - end[a + len(ops) - 1], tail: gaps})
-        self.slots, self.problem = slots, problem
+        self.problem = problem
 
-    def early(self, rank: int, group: int, cut: int) -> int:
+    def early(self, rank: int, forward: Sequence[Op], cut: int) -> int:
         """The position for a group's forward: a warm-up window that holds it, else its cut."""
-        room, cost = self.early_room[rank], sum(durations(self.problem, self.slots[group][rank]))
+        room, cost = self.early_room[rank], sum(durations(self.problem, forward))
         best = max(room, key=room.__getitem__)
         if room[best] < cost - _SLACK and best > cut:
             return cut
         room[best] -= cost
         return min(best, cut)
 
-    def late(self, rank: int, group: int, ready: int) -> int:
+    def late(self, rank: int, backward: Sequence[Op], ready: int) -> int:
         """The position for a group's backward, which needs the gradient that operation `ready` gives."""
         run, room = self.run, self.late_room[rank]
         length = len(run.orders[rank])
@@ -122,5 +133,5 @@ class Windows:
         else:
             choice = [length]
         best = max(choice, key=room.__getitem__)
-        room[best] -= sum(durations(self.problem, backward_of(self.slots[group][rank], self.problem)))
+        room[best] -= sum(durations(self.problem, backward))
         return best

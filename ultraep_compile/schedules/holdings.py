@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ultraep_compile.schedules.actions import Op
-from ultraep_compile.schedules.problem import Problem
+from ultraep_compile.schedules.problem import Encoder, Generator, Problem
 
 Amounts = tuple[tuple[str, float], ...]
 
@@ -15,18 +15,20 @@ def memory_steps(problem: Problem, ops: Sequence[Op]) -> Iterator[tuple[Op, Amou
 
     Amounts are pairs (what, amount), what in count (microbatches of its encoder), load (the same weighted by
     cost), generator, llm."""
+    means = [e.mean_forward for e in problem.encoders]
+    made = [g.mean_cost for g in problem.generators]
     split = {(op.stage, op.microbatch) for op in ops if op.kind == "I"}
     for op in ops:
         kind = op.kind
         if kind in ("EF", "EB"):
             encoder = problem.encoders[op.stage]
-            amounts = encoder_amounts(problem, op)
+            amounts = encoder_amounts(encoder, op, means[op.stage])
             held = not encoder.frozen and not encoder.recompute
             takes = kind == "EF" or encoder.recompute
             gives = kind == "EB" or not held
             yield op, amounts if takes else (), amounts if gives else ()
         elif kind == "G":
-            amounts = (("generator", generator_amount(problem, op)),)
+            amounts = (("generator", generator_amount(problem.generators[op.stage], op, made[op.stage])),)
             yield op, amounts, amounts
         else:
             amounts = (("llm", problem.stage_share[op.stage]),)
@@ -37,28 +39,21 @@ def memory_steps(problem: Problem, ops: Sequence[Op]) -> Iterator[tuple[Op, Amou
                 yield op, amounts if kind == "F" else (), amounts if kind in ("B", "W") else ()
 
 
-def encoder_amounts(problem: Problem, op: Op) -> Amounts:
-    """What the activations of an encoder operation occupy: (count, load), in microbatches and mean
-    microbatches."""
-    encoder = problem.encoders[op.stage]
-    count = encoder_amount(problem, op)
-    return ("count", count), (
-        "load",
-        count if op.items else encoder.forward[op.microbatch] / encoder.mean_forward,
-    )
+def encoder_amounts(encoder: Encoder, op: Op, mean: float) -> Amounts:
+    """What the activations of an encoder operation occupy: (count, load), in microbatches and mean microbatches.
+    `mean`: the encoder's mean_forward."""
+    count = encoder_amount(encoder, op, mean)
+    return ("count", count), ("load", count if op.items else encoder.forward[op.microbatch] / mean)
 
 
-def encoder_amount(problem: Problem, op: Op) -> float:
+def encoder_amount(encoder: Encoder, op: Op, mean: float) -> float:
     """Microbatches that an encoder operation works on (items: mean microbatches, by cost)."""
-    if not op.items:
-        return 1.0
-    encoder = problem.encoders[op.stage]
-    return sum(encoder.forward[j] * encoder.items[j][i] for j, i in op.items) / encoder.mean_forward
+    return sum(encoder.forward[j] * encoder.items[j][i] for j, i in op.items) / mean if op.items else 1.0
 
 
-def generator_amount(problem: Problem, op: Op) -> float:
-    """What a generator operation holds while it runs, in microbatches (items: mean microbatches, by cost)."""
-    generator = problem.generators[op.stage]
+def generator_amount(generator: Generator, op: Op, mean: float) -> float:
+    """What a generator operation holds while it runs, in microbatches (items: mean microbatches, by cost). `mean`: the
+    generator's mean_cost."""
     if not op.items:
         return 1.0
-    return sum(generator.cost[j] * generator.items[j][i] for j, i in op.items) / generator.mean_cost
+    return sum(generator.cost[j] * generator.items[j][i] for j, i in op.items) / mean

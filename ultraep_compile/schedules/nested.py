@@ -27,17 +27,17 @@ inline: a cheap generator stays on the last stage's rank, where it lengthens the
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 from ultraep_compile.errors import ScheduleError
 from ultraep_compile.schedules.actions import Op, Schedule
 from ultraep_compile.schedules.base import Orders, base_order
 from ultraep_compile.schedules.cuts import Blocks, Windows, time_cuts, wave_cuts
 from ultraep_compile.schedules.dependencies import Graph
-from ultraep_compile.schedules.holdings import encoder_amount, generator_amount
+from ultraep_compile.schedules.holdings import generator_amount
 from ultraep_compile.schedules.problem import Caps, Problem
 from ultraep_compile.schedules.work import (
     Slots,
@@ -63,6 +63,8 @@ class Rule:
     generator_group: int = 0  # q: microbatches that wait for the generator together; 0: P, or 1 on dualpipev
     inline: bool = False  # generator on the last stage's rank, where nothing waits for it (cheap generators)
     merge: float = 0.0  # join groups whose busiest rank has more than this times the mean work (0: never)
+    encoder_group: int = 0  # microbatches with encoder work between two cuts; 0: P
+    level: bool = False  # deal a group by what the ranks still hold of the groups before it
     whole: bool = False  # do not divide encoder microbatches into their items
 
 
@@ -142,8 +144,13 @@ def least_memory(problem: Problem, rule: Rule = DEFAULT_RULE, every: bool = Fals
     cuts); `every`: as if every microbatch had encoder work."""
     run = base_run(problem.llm_only(), rule.base, _lag(problem, rule, generator_group(problem, rule)))
     everyone = groups_of(range(problem.microbatches), problem.ranks)
-    groups = everyone if every else encoder_groups(problem, rule.merge)
+    groups = everyone if every else encoder_groups(problem, rule.merge, rule.encoder_group)
     return _delay(problem, run, groups, _cuts(rule, run, groups))
+
+
+def counts_whole(problem: Problem) -> bool:
+    """Whether a rank holds whole microbatches of an encoder: c for c groups."""
+    return any(not (e.items or e.frozen or e.recompute) for e in problem.encoders)
 
 
 def _lag(problem: Problem, rule: Rule, q: int) -> int:
@@ -212,11 +219,12 @@ def _nest_encoders(problem: Problem, rule: Rule, run: BaseRun, blocks: Blocks) -
     """Insert all encoder operations; returns c, the groups that a rank holds, and what they amount to in
     microbatches."""
     p = problem.ranks
-    groups = encoder_groups(problem, rule.merge)
-    slots = encoder_slots(problem, groups, rule.family == "wave", rule.whole)
+    groups = encoder_groups(problem, rule.merge, rule.encoder_group)
     cuts = _cuts(rule, run, groups)
     delay = _delay(problem, run, groups, cuts)
-    if rule.memory is not None and rule.memory < delay:
+    aligned = rule.family == "wave" and rule.encoder_group <= p
+    slots = encoder_slots(problem, groups, aligned, rule.whole, delay - 1 if rule.level else 0)
+    if rule.memory is not None and rule.memory < delay and rule.encoder_group in (0, p) and counts_whole(problem):
         raise ScheduleError(
             f"An encoder memory of {rule.memory:g} microbatches per rank is too small: {rule.base} with"
             f" {rule.family} cuts gets a group's gradients back after {delay}. Give at least {delay}."
@@ -224,39 +232,48 @@ def _nest_encoders(problem: Problem, rule: Rule, run: BaseRun, blocks: Blocks) -
     depth = delay - 1 if rule.fill is None else rule.fill
     back = depth if rule.drain is None else rule.drain
     c = max(delay, depth + 1, back + 1)
-    windows = Windows(run, slots, problem)
+    windows = Windows(run, problem)
+    returning: Slots = [[[] for _ in range(p)] for _ in range(len(groups))]  # backwards at each cut
+    last: list[tuple[int, int, list[Op]]] = []  # (group, rank, backwards after the last cut)
+    for g, row in enumerate(slots):
+        for r, ops in enumerate(row):
+            for h, due in _due(problem, run, rule, cuts, g + c, backward_of(ops, problem)):
+                if h < len(groups):
+                    returning[h][r] += due
+                else:
+                    last.append((g, r, due))
     for g in range(len(groups)):
         for r in range(p):
             at = cuts[g][r]
-            if g >= c:
-                blocks.add(r, at, backward_of(slots[g - c][r], problem))
+            blocks.add(r, at, returning[g][r])
             if 1 <= g <= depth:
-                at = windows.early(r, g, at)
+                at = windows.early(r, slots[g][r], at)
             blocks.add(r, at, slots[g][r])
-    for g in range(max(0, len(groups) - c), len(groups)):
-        ready = _gradient_times(problem, run, groups[g])
-        for r in range(p):
-            at = len(run.orders[r])
-            if len(groups) - 1 - back <= g < len(groups) - 1:
-                at = windows.late(r, g, ready)
-            blocks.add(r, at, backward_of(slots[g][r], problem))
-    return c, _held(problem, slots, c)
+    for g, r, due in last:
+        at = len(run.orders[r])
+        if len(groups) - 1 - back <= g < len(groups) - 1:
+            at = windows.late(r, due, _gradient_time(problem, run, groups[g]))
+        blocks.add(r, at, due)
+    return c, blocks.encoder_peak(problem)
 
 
-def _held(problem: Problem, slots: Slots, c: int) -> float:
-    """The most that c groups in a row put on one rank, in microbatches of one encoder."""
-    if all(e.frozen or e.recompute for e in problem.encoders):
-        c = 1
-    worst = 0.0
-    for e in range(len(problem.encoders)):
-        for r in range(problem.ranks):
-            row = [sum(encoder_amount(problem, op) for op in ops[r] if op.stage == e) for ops in slots]
-            sums = list(accumulate(row, initial=0.0))
-            worst = max(worst, max(sums[i] - sums[max(0, i - c)] for i in range(1, len(sums))))
-    return round(worst, 9)
+def _due(
+    problem: Problem, run: BaseRun, rule: Rule, cuts: list[list[int]], usual: int, backward: list[Op]
+) -> list[tuple[int, list[Op]]]:
+    """At which cut which of a rank's backwards of one group run: all c cuts after their forwards; of a group of more
+    than P microbatches each as soon as its gradient is there."""
+    if rule.encoder_group <= problem.ranks:
+        return [(usual, backward)]
+    rank = problem.stage_rank[min(s for e in problem.encoders for s in e.feeds)]
+    parts: dict[int, list[Op]] = {}
+    for op in backward:
+        ready = _gradient_time(problem, run, op.microbatches) - run.graph.first[rank]
+        h = bisect_right(cuts, ready, key=lambda cut: cut[rank])
+        parts.setdefault(h, []).append(op)
+    return list(parts.items())
 
 
-def _gradient_times(problem: Problem, run: BaseRun, group: Sequence[int]) -> int:
+def _gradient_time(problem: Problem, run: BaseRun, group: Sequence[int]) -> int:
     """The operation of the base schedule after which all features of the group have their gradient."""
     stage = min(s for e in problem.encoders for s in e.feeds)
     return max((run.graph.backward(stage, j) for j in group), key=run.end.__getitem__)
@@ -274,11 +291,13 @@ def _nest_generators(problem: Problem, rule: Rule, run: BaseRun, q: int, blocks:
     else:
         ends = [max(run.end[graph.index["F", last, j, ()]] for j in group) for group in groups]
         cuts = time_cuts(graph, run.start, ends)
-    worst = 0.0
+    worst, units = 0.0, [(generator, generator.mean_cost) for generator in problem.generators]
     for g, cut in enumerate(cuts):
         for r, at in enumerate(cut):
             blocks.add(r, at, slots[g][r])
-            worst = max([worst, *(generator_amount(problem, op) for op in slots[g][r])])
+            for op in slots[g][r]:
+                generator, mean = units[op.stage]
+                worst = max(worst, generator_amount(generator, op, mean))
     return round(worst, 9)
 
 

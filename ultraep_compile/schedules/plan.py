@@ -3,6 +3,7 @@ taken."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -13,10 +14,12 @@ from ultraep_compile.schedules.actions import Schedule
 from ultraep_compile.schedules.baselines import colocated, encoder_first, flush, recompute, uneven
 from ultraep_compile.schedules.dependencies import Graph
 from ultraep_compile.schedules.disttrain import disttrain
+from ultraep_compile.schedules.fit import fit
 from ultraep_compile.schedules.improve import improve
-from ultraep_compile.schedules.nested import Rule, base_run, least_memory, nest
+from ultraep_compile.schedules.nested import Rule, base_run, counts_whole, generator_group, least_memory, nest
 from ultraep_compile.schedules.optimus import optimus
 from ultraep_compile.schedules.problem import Caps, Problem
+from ultraep_compile.schedules.simulate import peaks
 from ultraep_compile.schedules.validate import check_memory
 from ultraep_compile.schedules.work import (
     encoder_groups,
@@ -40,6 +43,9 @@ Order = tuple[int, ...]  # microbatches as they enter the pipeline; empty: in or
 _UNEVEN = 1.8  # times c mean microbatches: held by a rank for uneven items before it counts against a plan
 _MERGE = 1.25
 METHODS = ("nested", *BASELINES)
+_CLOSE = 6  # schedules slightly above the memory that are brought within it
+_LARGE = 8192  # ranks times microbatches
+_RIVALS = ("encoder-first", "optimus", "flush", "colocated")  # that keep the problem as it is
 
 
 def plan(
@@ -69,15 +75,46 @@ def plan_nested(problem: Problem, rule: Rule) -> Schedule:
     be."""
     if not problem.has_encoder and not problem.has_generator:
         return nest(problem, rule)
+    generator_group(problem, rule)
     tried = _Tried(problem, rule)
     for candidate, order in _candidates(problem, rule):
         tried.attempt(candidate, order)
+    for q in _smaller_groups(problem, rule):
+        if tried.attempts:
+            break
+        for candidate, order in _candidates(problem, replace(rule, generator_group=q)):
+            tried.attempt(candidate, order)
+    if not tried.attempts and _says_no(problem, rule, tried.limit):
+        raise tried.refused[0]
     if problem.has_encoder:
-        _vary_depths(problem, rule, tried)
-    if not _is_plain(problem, rule) and tried.best().makespan > _colocated_work(problem):
+        if tried.attempts:
+            _vary_depths(problem, rule, tried)
+        elif tried.least < math.inf:
+            _hold_less(problem, rule, tried)
+        if rule.memory is not None and tried.attempts:
+            _hold_more(problem, rule, tried)
+    if tried.attempts and not _is_plain(problem, rule) and tried.best().makespan > _colocated_work(problem):
         _beat_colocation(problem, rule, tried)
+    _compete(problem, rule, tried)
     best = tried.best()
     return renamed(best.schedule, best.order) if best.order else best.schedule
+
+
+def _smaller_groups(problem: Problem, rule: Rule) -> list[int]:
+    """Generator groups below P, for an LLM memory in which P microbatches cannot wait."""
+    if not problem.has_generator or rule.generator_group or problem.caps.llm is None or rule.base == "dualpipev":
+        return []
+    return [q for q in range(problem.ranks - 1, 0, -1) if problem.ranks % q == 0]
+
+
+def _says_no(problem: Problem, rule: Rule, limit: float | None) -> bool:
+    """Whether no nested schedule can be meant: too few microbatches, or a memory that is too small for whole groups."""
+    if problem.microbatches < problem.ranks:
+        return True
+    if not problem.has_encoder or limit is None or not counts_whole(problem):
+        return False
+    needs = (least_memory(reordered(problem, order) if order else problem, r) for r, order in _candidates(problem, rule))
+    return limit < min(needs)
 
 
 def _vary_depths(problem: Problem, rule: Rule, tried: _Tried) -> None:
@@ -99,6 +136,77 @@ def _vary_depths(problem: Problem, rule: Rule, tried: _Tried) -> None:
             tried.attempt(replace(best.rule, fill=fill, drain=drain), best.order)
 
 
+def _hold_less(problem: Problem, rule: Rule, tried: _Tried) -> None:
+    """Items in uneven amounts, of which c groups exceed the memory: groups of equal work, dealt by what the ranks still
+    hold, in ever smaller portions."""
+    p = problem.ranks
+    for order in (tuple(even_order(problem)), tuple(tidal_order(problem))):
+        for size in sorted({p, p // 2, p // 4, 1} - {0}, reverse=True):
+            for family, ahead in (("time", 1), ("wave", 0)):
+                for fill in (None, 0):
+                    tight = replace(rule, family=family, ahead=ahead, encoder_group=size, level=True, fill=fill)
+                    tried.attempt(tight, order)
+        if tried.attempts:
+            return
+
+
+def _hold_more(problem: Problem, rule: Rule, tried: _Tried) -> None:
+    """Groups of several times P microbatches, as far as the memory goes: more work to choose from evens out what the
+    ranks get at a cut."""
+    p = problem.ranks
+    if not is_uneven(problem):
+        return
+    most = min(int(rule.memory or 0), -(-problem.microbatches // p))
+    orders = ((), tuple(even_order(problem)), tuple(tidal_order(problem)))
+    for n in range(2, most + 1):
+        for order in orders:
+            for fill in {0, 1} if n < most else {0}:
+                tried.attempt(replace(rule, family="time", ahead=1, encoder_group=n * p, fill=fill), order)
+
+
+def _compete(problem: Problem, rule: Rule, tried: _Tried) -> None:
+    """What others do, where it fits into the memory that is there."""
+    limit, llm, rivals = tried.limit, problem.caps.llm, _RIVALS
+    if limit is None and llm is None:  # least memory is wanted
+        rivals = () if _is_plain(problem, rule) or any(e.items for e in problem.encoders) else _RIVALS[:1]
+    elif problem.ranks * problem.microbatches > _LARGE:
+        rivals = tuple(method for method in rivals if method != "optimus")  # whose own planning takes minutes
+    if tried.attempts:
+        promise = tried.best().schedule.caps
+        limit = promise.encoder if limit is None else limit
+        llm = promise.llm if llm is None else llm
+    caps = Caps(limit, problem.caps.generator, llm)
+    for method in rivals:
+        try:
+            made = BASELINES[method](problem, rule.base)
+        except ScheduleError:
+            continue
+        held = _held(made)
+        if _within(replace(held, encoder=None), caps):
+            tried.add(rule, (), replace(made, method="nested", caps=held, note=f"as {method}: {made.note}"), limit)
+    if limit is None:
+        return
+    for close in sorted(tried.over)[:_CLOSE]:
+        if tried.attempts and close.makespan >= tried.best().makespan:
+            return
+        made = fit(close.schedule, limit)
+        try:
+            tried.add(close.rule, close.order, replace(made, caps=_held(made), note=f"{made.note}, fitted"), limit)
+        except ScheduleError as error:  # what waits for memory waits for itself
+            tried.refused.append(error)
+
+
+def _held(schedule: Schedule) -> Caps:
+    peak = peaks(schedule)
+    return Caps(max(peak.encoder), max(peak.generator), peak.llm)
+
+
+def _within(held: Caps, limits: Caps) -> bool:
+    pairs = [(held.encoder, limits.encoder), (held.generator, limits.generator)]
+    pairs += zip(held.llm or (), limits.llm or (), strict=False)
+    return all(limit is None or (amount or 0.0) <= limit + 1e-6 for amount, limit in pairs)
+
+
 class _Attempt(NamedTuple):
     """A nested schedule and what it is judged by."""
 
@@ -117,6 +225,9 @@ class _Tried:
         self.problems: dict[Order, Problem] = {(): problem}
         self.attempts: list[_Attempt] = []
         self.refused: list[ScheduleError] = []
+        self.limit = min((x for x in (rule.memory, problem.caps.encoder) if x is not None), default=None)
+        self.least = math.inf  # held by an attempt that held too much
+        self.over: list[_Attempt] = []  # those that held too much
         work = problem.encoder_work() + problem.generator_work()
         self.ideal = max(base_run(problem.llm_only(), rule.base).end) + work / problem.ranks
         self.enough = 0.0  # makespan below which less memory counts more than less time
@@ -137,11 +248,21 @@ class _Tried:
         except ScheduleError as error:
             self.refused.append(error)
 
-    def add(self, rule: Rule, order: Order, schedule: Schedule) -> None:
+    def add(self, rule: Rule, order: Order, schedule: Schedule, limit: float | None = None) -> None:
         turn, held = len(self.attempts), schedule.caps.encoder or 0.0
+        limit = self.limit if limit is None else limit
+        if limit is not None and held > limit + 1e-6:
+            self.least = min(self.least, held)
+            self.over.append(_Attempt(_makespan(schedule), held, len(self.over), rule, order, schedule))
+            return
         self.attempts.append(_Attempt(_makespan(schedule), held, turn, rule, order, schedule))
 
     def best(self) -> _Attempt:
+        if not self.attempts and self.least < math.inf:
+            raise ScheduleError(
+                f"An encoder memory of {self.limit:g} microbatches per rank is too small for these items: the least that"
+                f" was found to do is {self.least:.3g}. Give at least {math.ceil(self.least)}, or use smaller microbatches."
+            )
         if not self.attempts:
             raise self.refused[0]
         return min(self.attempts, key=self.key)

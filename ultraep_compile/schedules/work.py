@@ -24,13 +24,13 @@ def groups_of(order: Sequence[int], size: int) -> list[Sequence[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def encoder_groups(problem: Problem, merge: float = 0.0) -> list[Sequence[int]]:
-    """The microbatches that have encoder work, in groups of P; the last may be shorter.
+def encoder_groups(problem: Problem, merge: float = 0.0, size: int = 0) -> list[Sequence[int]]:
+    """The microbatches that have encoder work, in groups of `size` (0: P); the last may be shorter.
 
     `merge`: groups are joined with the next one while one item makes the busiest rank wait for more than
     `merge` times the mean of the ranks (0: never). A dear item then meets enough other work to even out."""
     busy = [j for j in _all(problem) if any(e.forward[j] > 0 for e in problem.encoders)]
-    groups = groups_of(busy, problem.ranks)
+    groups = groups_of(busy, size or problem.ranks)
     if not merge:
         return groups
     joined: list[Sequence[int]] = []
@@ -60,12 +60,19 @@ def _imbalance(problem: Problem, group: Sequence[int]) -> float:
     return max(load) * problem.ranks / sum(load) if any(load) else 1.0
 
 
-def encoder_slots(problem: Problem, groups: list[Sequence[int]], aligned: bool, whole: bool = False) -> Slots:
+def encoder_slots(
+    problem: Problem, groups: list[Sequence[int]], aligned: bool, whole: bool = False, level: int = 0
+) -> Slots:
     """Forward operations of all encoders. `aligned`: the i-th microbatch of a group on rank i, as a wave cut
-    needs, else microbatches are spread by cost. Items are spread by cost, unless `whole`."""
+    needs, else microbatches are spread by cost. Items are spread by cost, unless `whole`; with `level` so that
+    the rank's sum over that many groups before, too, is even: what it holds rather than what it does at once."""
     slots: Slots = [[[] for _ in range(problem.ranks)] for _ in groups]
+    added: list[list[float]] = []  # by each group to the ranks
     for g, group in enumerate(groups):
         load = [0.0] * problem.ranks
+        for row in added[max(0, g - level) : g]:
+            load = [x + y for x, y in zip(load, row, strict=True)]
+        start = list(load)
         for e, encoder in enumerate(problem.encoders):
             busy = [j for j in group if encoder.forward[j] > 0]
             cost = _whole_cost(encoder)
@@ -77,6 +84,7 @@ def encoder_slots(problem: Problem, groups: list[Sequence[int]], aligned: bool, 
                         slots[g][i % problem.ranks].append(Op("EF", e, j))
             else:
                 _spread_whole(slots[g], load, "EF", e, busy, cost)
+        added.append([after - x for after, x in zip(load, start, strict=True)])
     return slots
 
 
