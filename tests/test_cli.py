@@ -121,6 +121,13 @@ def test_doctor(folder: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["versions"]["torch"]
 
 
+def test_version(folder: Path) -> None:
+    import ultraep_compile
+
+    done = run("--version", cwd=folder)
+    assert (done.returncode, done.stdout) == (0, f"ultraep_compile {ultraep_compile.__version__}\n")
+
+
 def test_unknown_option_is_bad_usage(folder: Path) -> None:
     assert run("explain", "targets.py:moe", "--jason", cwd=folder).returncode == 2
 

@@ -69,6 +69,8 @@ def test_errors() -> None:
     assert known == {
         "UltraEPError",
         "OptionError",
+        "ArgumentError",
+        "ForwardError",
         "TopologyError",
         "RoutingError",
         "DerivativeError",
@@ -85,7 +87,8 @@ def test_errors() -> None:
         "PeerTimeoutError",
     }
     not_of_values = {n for n in known if not issubclass(getattr(errors, n), ValueError)}
-    assert not_of_values == {"UltraEPError", "SiteCountError", "DerivativeError", "VerificationError", "PeerTimeoutError"}
+    of_other_kinds = {"ArgumentError", "ForwardError", "SiteCountError", "DerivativeError", "VerificationError"}
+    assert not_of_values == {"UltraEPError", "PeerTimeoutError", *of_other_kinds}
 
 
 def test_json_of_explain() -> None:

@@ -19,7 +19,7 @@ from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
 from ultraep_compile.config import Options
-from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError
+from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError, nearest
 from ultraep_compile.local_inputs import take_parts
 from ultraep_compile.ops import watch
 from ultraep_compile.passes.cache_key import CacheKeyPass
@@ -55,6 +55,8 @@ def ultraep(
                 f"the ultraep backend takes options= and mode=, not {', '.join(map(repr, unknown))}. Put it into options."
             )
         chosen = Options.of(options)
+        _check_mode(mode, chosen.inner)
+        _check_transport(chosen, gm)
         if chosen.disabled or (chosen.ranks in (None, 1) and chosen.group is None and not _is_sharded(gm)):
             if chosen.expect_moe_sites is not None and not chosen.disabled:  # nothing to balance, but a count to check
                 rewrite = Rewrite(chosen, refused=refused_inputs(gm, example_inputs))
@@ -64,6 +66,35 @@ def ultraep(
         return _balanced(gm, example_inputs, chosen, mode)
     except UltraEPError as error:
         return functools.partial(_raise, error)
+
+
+def _check_mode(mode: object, inner: str) -> None:
+    """Refuse a mode that Inductor does not have; say once that other compilers have none.
+
+    Raises: OptionError.
+    """
+    if mode is None:
+        return
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise OptionError(f"mode= is {mode!r}. {nearest(str(mode), known)}")
+    if inner != "inductor" and mode != "default":
+        warn_once(f"ultraep: mode={mode!r} is one of Inductor's, and the inner backend is {inner!r}: it is ignored. Leave it out.")
+
+
+def _check_transport(options: Options, gm: fx.GraphModule) -> None:
+    """Refuse a transport between processes where the ranks are slices of one process's tokens.
+
+    Raises: OptionError.
+    """
+    virtual = options.group is None and options.ranks not in (None, 1) and not _is_sharded(gm)
+    if options.transport != "auto" and virtual:
+        raise OptionError(
+            f"option 'transport' is {options.transport!r}, which is between processes, but no process group is given: ranks are "
+            "virtual. Give the option 'group', or call shard_experts; or leave 'transport' out."
+        )
 
 
 def _raise(error: UltraEPError, *args: Any) -> None:
@@ -140,10 +171,10 @@ def _say_what_is_missing(rewrite: Rewrite) -> None:
     for miss in rewrite.misses:
         log.info("%s runs unbalanced: %s", miss.name, miss.reason)
     if _ddp_splits_graphs() and (rewrite.misses or not rewrite.prepared):
-        _warn_once(f"ultraep: {_DDP_SPLITS}")
+        warn_once(f"ultraep: {_DDP_SPLITS}")
     if rewrite.misses:
         names = ", ".join(m.name for m in rewrite.misses[:3]) + (", ..." if len(rewrite.misses) > 3 else "")
-        _warn_once(
+        warn_once(
             f"ultraep: {len(rewrite.misses)} MoE layer(s) run unbalanced ({names}): {rewrite.misses[0].reason}. "
             "Add `ultraep_compile.prepare(model, example_inputs)` before compiling, or see `ultraep-compile explain`."
         )
@@ -152,7 +183,7 @@ def _say_what_is_missing(rewrite: Rewrite) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 

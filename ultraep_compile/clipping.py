@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ultraep_compile.errors import ArgumentError
 from ultraep_compile.ops.expert_tensor import ExpertTensor
 
 
@@ -28,6 +29,8 @@ def clip_grad_norm_(
     Returns: the norm before clipping, a plain 0-d tensor.
     Raises: RuntimeError for a norm that is not finite, if asked for.
     """
+    if isinstance(parameters, torch.nn.Module):
+        raise ArgumentError("clip_grad_norm_ takes parameters, not a model. Give it model.parameters().")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     group, counted = _pipeline_of(parameters)

@@ -63,26 +63,29 @@ class Options:
     """File (.npz) to record loads and plans to, for `ultraep-compile view`; None records nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "redundant_experts", "expect_moe_sites", "verify"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise OptionError(f"option {name!r} is {value!r}, which is not an integer. Give a whole number.")
-        if self.ranks is not None and self.ranks < 1:
-            raise OptionError(f"option 'ranks' is {self.ranks}. Give 1 or more.")
-        for name in ("redundant_experts", "expect_moe_sites", "verify"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise OptionError(f"option {name!r} is {value}. Give 0 or more.")
+        if self.ranks is not None:
+            _check_number("ranks", self.ranks, 1)
+        for name in ("redundant_experts", "verify"):
+            _check_number(name, getattr(self, name))
+        check_site_count(self.expect_moe_sites)
         start = self.balance_from
         if start != "auto" and (isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 2**31):
             raise OptionError(f"option 'balance_from' is {start!r}. Give a number of tokens, 0 or more, or 'auto'.")
+        for name in ("planner", "transport", "inner"):
+            if not isinstance(getattr(self, name), str):
+                kind = type(getattr(self, name)).__name__
+                raise OptionError(f"option {name!r} is {kind}, not a name. Give one of its names as text.")
+        if self.trace is not None and not isinstance(self.trace, (str, os.PathLike)):
+            raise OptionError(f"option 'trace' is {self.trace!r}, which is not a path. Give the name of a file, or None.")
         planner_by_name(self.planner)
         if self.transport not in TRANSPORTS:
             raise OptionError(f"unknown transport {self.transport!r}. {nearest(self.transport, TRANSPORTS)}")
-        if isinstance(self.deadline_s, bool) or not isinstance(self.deadline_s, int) or self.deadline_s < 1:
-            raise OptionError(f"option 'deadline_s' is {self.deadline_s!r}. Give a whole number of seconds, 1 or more.")
+        _check_number("deadline_s", self.deadline_s, 1)
         if self.inner not in INNER_BACKENDS:
             raise OptionError(f"unknown inner backend {self.inner!r}. {nearest(self.inner, INNER_BACKENDS)}")
+        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
+            cure = "Give mesh.get_group()" if hasattr(self.group, "get_group") else "Give a torch.distributed process group"
+            raise OptionError(f"option 'group' is {type(self.group).__name__}, not a process group. {cure}.")
         if self.group is not None:
             size = dist.get_world_size(self.group)
             if self.ranks is not None and self.ranks != size:
@@ -99,6 +102,8 @@ class Options:
         """
         if isinstance(options, Options):
             return options
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options= is {type(options).__name__}. Give a dict of option names and values.")
         given = dict(options or {})
         known = [f.name for f in dataclasses.fields(cls)]
         for name in given:
@@ -116,6 +121,23 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["group"] = self.group.group_name if self.group is not None else ""
         return hashlib.sha256(repr(sorted(values.items(), key=lambda kv: kv[0])).encode()).hexdigest()[:12]
+
+
+def _check_number(name: str, value: object, least: int = 0) -> None:
+    """Refuse what is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"option {name!r} is {value!r}, which is not an integer. Give a whole number.")
+    if value < least:
+        raise OptionError(f"option {name!r} is {value}. Give {least} or more.")
+
+
+def check_site_count(expected: object) -> None:
+    """Refuse a number of expected MoE layers that no model can have. None: nothing is expected.
+
+    Raises: OptionError.
+    """
+    if expected is not None:
+        _check_number("expect_moe_sites", expected)
 
 
 VARIABLES = {f.name: f"ULTRAEP_COMPILE_{f.name.upper()}" for f in dataclasses.fields(Options) if f.name != "group"}

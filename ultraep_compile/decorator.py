@@ -5,20 +5,30 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from ultraep_compile.backend import ultraep
 from ultraep_compile.config import Options
-from ultraep_compile.errors import OptionError
+from ultraep_compile.errors import ForwardError, OptionError
 from ultraep_compile.preparation import prepare_call
 
 Model = TypeVar("Model", bound=type[nn.Module])
 
 
-def balance(**options: Any) -> Callable[[Model], Model]:
+@overload
+def balance(model_class: Model, /) -> Model: ...
+
+
+@overload
+def balance(**options: Any) -> Callable[[Model], Model]: ...
+
+
+def balance(model_class: Any = None, /, **options: Any) -> Any:
     """Class decorator: every instance is prepared and compiled with the `ultraep` backend at its first call.
+
+    `@balance` alone is `@balance()`.
 
     Args: the fields of `Options`; wrong ones are refused when the class is defined.
 
@@ -51,7 +61,7 @@ def balance(**options: Any) -> Callable[[Model], Model]:
         cls.__init__, cls.__setstate__ = init, setstate  # pyright: ignore
         return cls
 
-    return decorate
+    return decorate if model_class is None else decorate(model_class)
 
 
 _waiting: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()  # for their first call
@@ -73,8 +83,11 @@ def _compile_at_first_call(model: nn.Module, options: Options) -> None:
     def first_call(*args: Any, **kwargs: Any) -> Any:
         model = reference()
         assert model is not None
+        try:
+            prepare_call(model, *args, **kwargs)
+        except ForwardError as error:  # a call as any other: what the model raises stays what it is
+            raise (error.__cause__ or error) from None
         _waiting.pop(model, None)
-        prepare_call(model, *args, **kwargs)
         model.compile(backend=functools.partial(ultraep, options=options))
         return model(*args, **kwargs)
 

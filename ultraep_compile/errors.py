@@ -14,6 +14,14 @@ class OptionError(UltraEPError, ValueError):
     """An option of the backend, the decorator or a command has a wrong name or value."""
 
 
+class ArgumentError(UltraEPError, TypeError):
+    """A function was given something of another kind than it works on, such as no model or no mesh."""
+
+
+class ForwardError(UltraEPError, RuntimeError):
+    """A model's own forward raised on the inputs that it was given; the cause is what it raised."""
+
+
 class TopologyError(UltraEPError, ValueError):
     """Ranks, experts, slots and process group do not fit together."""
 
@@ -68,6 +76,18 @@ class PoolError(UltraEPError, ValueError):
 
 class PeerTimeoutError(UltraEPError, TimeoutError):
     """A wait for another rank passed its deadline, or that rank is gone; what depended on it was not used."""
+
+
+def need_model(model: object, function: str) -> None:
+    """Refuse what is no module.
+
+    Raises: ArgumentError.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}, not an instance" if isinstance(model, type) else type(model).__name__
+        raise ArgumentError(f"{function} was given {what}. Give it a model: a torch.nn.Module.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

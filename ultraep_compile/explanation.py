@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 
 from ultraep_compile.codegen.row_function import RowProgram
-from ultraep_compile.config import Options
+from ultraep_compile.config import Options, check_site_count
 from ultraep_compile.cost_model import Layer, Rates, copy_tokens
-from ultraep_compile.errors import SiteCountError
+from ultraep_compile.errors import SiteCountError, need_model
 from ultraep_compile.formulas import LayerCost, layer_cost
 from ultraep_compile.ladder.climb import Finding
 from ultraep_compile.multimodal.describe import describe
@@ -131,6 +131,8 @@ def explain(
         snapshots: keep the text of the graph after every pass.
         expect_moe_sites: raise SiteCountError unless so many layers are rewritten; for continuous integration.
     """
+    need_model(model, "explain")
+    check_site_count(expect_moe_sites)
     args, kwargs = as_call(inputs)
     findings = prepare_call(model, *args, **kwargs)
     rewrites: list[Rewrite] = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ultraep_compile.errors import ArgumentError, ForwardError, UltraEPError, need_model
 from ultraep_compile.ladder.climb import Finding, candidates, climb, watched
 from ultraep_compile.ladder.lent import filled, lent_when_called
 
@@ -36,6 +37,7 @@ def prepare(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] 
         example_inputs: keyword arguments (mapping) or positional arguments (tuple, list) of one forward; None does the
           first step only.
     """
+    need_model(model, "prepare")
     if example_inputs is None:
         _choose_experts_implementation(model)
     else:
@@ -72,14 +74,32 @@ def findings_of(model: nn.Module) -> list[Finding]:
 
 
 def as_call(inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs)."""
+    """Example inputs as (args, kwargs).
+
+    Raises: ArgumentError for what is neither a mapping nor a sequence; a lone tensor is taken for no sequence.
+    """
+    if isinstance(inputs, (torch.Tensor, str, bytes)) or not isinstance(inputs, (Mapping, Sequence)):
+        raise ArgumentError(
+            f"example inputs are {type(inputs).__name__}. Give a dict of keyword arguments, or a tuple of positional ones."
+        )
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 def warm_up(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """One eager forward without gradients that leaves random state and buffers as they were."""
+    """One eager forward without gradients that leaves random state and buffers as they were.
+
+    Raises: ForwardError where the model itself raises.
+    """
     with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # also of parts that are compiled already
-        model._call_impl(*args, **kwargs)
+        try:
+            model._call_impl(*args, **kwargs)
+        except UltraEPError:
+            raise
+        except Exception as error:
+            raise ForwardError(
+                f"the model's own forward raised {type(error).__name__} on the example inputs: {error}. Call "
+                f"{type(model).__name__} with them without ultraep_compile, and mend the model or the inputs."
+            ) from error
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ultraep_compile.errors import ShardingError
+from ultraep_compile.errors import ArgumentError, ShardingError, need_model
 from ultraep_compile.ladder.divided import Division, division_of
 from ultraep_compile.ladder.install import LayerFacts, lifted_layer
 from ultraep_compile.ops.expert_tensor import follow_optimizers, own
@@ -111,6 +111,12 @@ def shard_experts(
     alone; to `fully_shard` give them as `ignored_params`. Their gradients come out as those of the mean of the mesh's
     ranks' losses, like DDP's. `ultraep_compile.clip_grad_norm_` clips sharded and other parameters by one norm.
     """
+    need_model(model, "shard_experts")
+    if not isinstance(mesh, DeviceMesh):
+        raise ArgumentError(
+            f"shard_experts was given {type(mesh).__name__} for a mesh. Give it the one-dimensional device mesh of the ranks "
+            "that share the experts: init_device_mesh(...), or mesh['ep'] of a larger one."
+        )
     if mesh.ndim != 1:
         raise ShardingError(
             f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}. Pass the one-dimensional expert mesh, e.g. mesh['ep']."
@@ -121,7 +127,12 @@ def shard_experts(
     layers, stacks = _what_to_divide(model)
     if not (layers or stacks) and example_inputs is None and _bring_own_inputs(model):
         layers, stacks = _what_to_divide(model)
-    if not (layers or stacks) and not any(is_sharded(m) for m in model.modules()):
+    if not (layers or stacks):
+        if any(is_sharded(m) or division_of(m) is not None for m in model.modules()):
+            raise ShardingError(
+                "the experts of this model are divided already. Call shard_experts once; for another mesh, load a checkpoint "
+                "into a model that is not divided."
+            )
         raise ShardingError(f"no experts found that could be divided: {_what_there_is(model)}")
     ranks, group = mesh.size(), mesh.get_group().group_name
     _refuse_uneven_groups(layers, ranks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,23 @@ app = typer.Typer(
 )
 
 COMMANDS = ("doctor", "demo", "explain", "dump", "plan", "replay", "view", "schedule")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import ultraep_compile
+
+        typer.echo(f"ultraep_compile {ultraep_compile.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _register() -> None:

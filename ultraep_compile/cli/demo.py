@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ultraep_compile.errors import OptionError
+from ultraep_compile.cli.output import make_folder
+from ultraep_compile.errors import OptionError, nearest
 
 DEFAULT_STEPS, DEFAULT_STEPS_MULTIMODAL, DEFAULT_PROCESSES_MULTIMODAL = 120, 250, 4
 
@@ -47,11 +48,15 @@ def _experts(steps: int, processes: int, out: Path, device: str, inner: str) -> 
     from rich.console import Console
 
     from ultraep_compile import demo as job
+    from ultraep_compile.config import INNER_BACKENDS
     from ultraep_compile.telemetry import read_trace, summarize, write_report
     from ultraep_compile.telemetry.recorder import get_recorder
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    _make_folder(out)
+    _check_device(device)
+    if inner not in INNER_BACKENDS:
+        raise OptionError(f"--inner is {inner!r}. {nearest(inner, INNER_BACKENDS)}")
+    make_folder(out, "--out")
     trace_file = out / "trace.npz"
     trace_file.unlink(missing_ok=True)
     ranks = processes if processes > 1 else job.VIRTUAL_RANKS
@@ -105,7 +110,7 @@ def _multimodal(steps: int, processes: int, out: Path) -> None:
     from ultraep_compile.html import write_page
 
     settings = job.Settings(steps, processes)
-    _make_folder(out)
+    make_folder(out, "--out")
     console = Console()
     console.print(
         f"LLaVA (CLIP and Llama) reads scikit-learn's digits over {processes} processes (gloo),"
@@ -129,11 +134,22 @@ def _multimodal_text(p: Any) -> str:
     return f"loss {p.loss:.4f}{single}{accuracy}  peak MB by rank: encoder {encoder}, LLM {llm}"
 
 
-def _make_folder(out: Path) -> None:
+def _check_device(name: str) -> None:
+    """Refuse a device that this machine does not have."""
+    import torch
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"--out {out} cannot be made: {error.strerror or error}. Name another folder.") from error
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device is {name!r}, which torch does not know. Give cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"--device is {name!r}. The demo runs on cpu or cuda: give one of them.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise OptionError(
+            f"--device is {name!r}, but torch sees {count} CUDA device(s) here. Leave --device out to run on the CPU; "
+            "`ultraep-compile doctor` lists what there is."
+        )
 
 
 class _Bar:

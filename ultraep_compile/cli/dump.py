@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ultraep_compile.cli.output import file_names, make_folder, writing
 from ultraep_compile.errors import TargetError
 
 if TYPE_CHECKING:
     from ultraep_compile.codegen.row_function import RowProgram
+    from ultraep_compile.explanation import Explanation
 
 _STYLE = """
 :root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 110rem; padding: 0 1rem }
@@ -27,24 +29,41 @@ border-radius: 6px } .columns { display: grid; grid-template-columns: 1fr 1fr; g
 def dump(
     target: Annotated[str, typer.Argument(help="package.module:factory or path/to/file.py:factory")],
     out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")],
-    stages: Annotated[int, typer.Option(help="Write a pipeline of so many stages of a multimodal model, too.")] = 0,
-    microbatches: Annotated[int, typer.Option(help="Microbatches of that pipeline; 0: two for each stage.")] = 0,
+    stages: Annotated[int, typer.Option(min=0, help="Write a pipeline of so many stages of a multimodal model, too.")] = 0,
+    microbatches: Annotated[int, typer.Option(min=0, help="Microbatches of that pipeline; 0: two for each stage.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks at most for which streaming kernels are shown.")] = 8,
     slots: Annotated[int, typer.Option(min=1, help="Redundant experts a rank, likewise.")] = 2,
 ) -> None:
     """Write the graph before and after every pass, as text and HTML, the generated row programs and streaming kernels, and
     the report of explain."""
     from ultraep_compile.cli.target import load_target, need_inputs
-    from ultraep_compile.explanation import dumps
     from ultraep_compile.explanation import explain as run
 
+    make_folder(out, "--out")  # before the work, so that a wrong name costs none
     model, inputs = load_target(target)
     found = run(model, need_inputs(target, inputs), snapshots=True)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out, "--out"):
+        _write_all(target, model, inputs, found, out, stages, microbatches or 2 * stages, ranks, slots)
+    typer.echo(f"wrote {out / 'index.html'}")
+
+
+def _write_all(
+    target: str,
+    model: Any,
+    inputs: Any,
+    found: Explanation,
+    out: Path,
+    stages: int,
+    microbatches: int,
+    ranks: int,
+    slots: int,
+) -> None:
+    from ultraep_compile.explanation import dumps
+
     (out / "explain.json").write_text(dumps(found))
     (out / "explain.txt").write_text(str(found) + "\n")
     if stages:
-        _write_pipeline(model, need_inputs(target, inputs), stages, microbatches or 2 * stages, out)
+        _write_pipeline(model, inputs, stages, microbatches, out)
     pages = []
     for index, snapshots in enumerate(found.snapshots):
         for step, (name, text) in enumerate(snapshots):
@@ -58,8 +77,9 @@ def dump(
             )
         )
     written: set[str] = set()
+    files = file_names(list(found.programs))
     for name, program in found.programs.items():
-        file = f"{name.replace('.', '_') or 'model'}.py"
+        file = f"{files[name]}.py"
         forward, backward = program.forward_module.code, program.backward_module.code
         text = f'"""Row program of {name}: explicit forward and backward over masters and slots."""\nimport torch\n\n{forward}\n{backward}\n'
         (out / f"row_program_{file}").write_text(text)
@@ -68,7 +88,6 @@ def dump(
                 written.add(text)
                 (out / f"kernel_{kernel}_{file}").write_text(text)
     (out / "index.html").write_text(_index_page(target, str(found), pages, sorted(p.name for p in out.iterdir())))
-    typer.echo(f"wrote {out / 'index.html'}")
 
 
 def _streaming_kernels(program: RowProgram, ranks: int, slots: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from ultraep_compile.errors import SiteCountError
 def explain(
     target: Annotated[str, typer.Argument(help="package.module:factory or path/to/file.py:factory")],
     expect_moe_sites: Annotated[
-        int | None, typer.Option(help="Fail (exit 1) unless so many layers are rewritten.")
+        int | None, typer.Option(min=0, help="Fail (exit 1) unless so many layers are rewritten.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

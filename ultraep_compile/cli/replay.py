@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ultraep_compile.cli.output import writing
 from ultraep_compile.errors import OptionError
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ Ranks = Annotated[int, typer.Option(help="Ranks of a workload.")]
 Experts = Annotated[int, typer.Option(help="Experts of a workload.")]
 TopK = Annotated[int, typer.Option(help="Experts per token; a trace knows its own.")]
 Tokens = Annotated[int, typer.Option(help="Tokens per rank and microbatch of a workload.")]
-Seed = Annotated[int, typer.Option(help="Of a workload.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of a workload.")]
 Width = Annotated[int, typer.Option(help="Model width; a trace knows its own sizes.")]
 Ffn = Annotated[int, typer.Option(help="Inner width of an expert (gate, up and down).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Html = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")]
-Rehome = Annotated[int, typer.Option(help="Deal the experts over domains and ranks anew, by so many first microbatches.")]
+Rehome = Annotated[int, typer.Option(min=0, help="Deal the experts over domains and ranks anew, by so many first microbatches.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Print the formulas of the cost model.")]
 
 
@@ -66,6 +67,7 @@ def replay(
     """Replay loads through several planners: predicted step time, memory, traffic, break-even and best slots."""
     from ultraep_compile.cost_model import PHASES, Layer, Rates
     from ultraep_compile.cost_model import explain as explain_formulas
+    from ultraep_compile.html import write_page
     from ultraep_compile.replay import Question, Spec, page, read_source, rehomed
     from ultraep_compile.replay import replay as run
     from ultraep_compile.workloads import Setting
@@ -88,7 +90,8 @@ def replay(
     )
     result = run(found, question, _progress())
     if html is not None:
-        _write(html, page(result))
+        with writing(html, "--html"):
+            write_page(page(result), html)
     if json:
         typer.echo(json_module.dumps(result.to_json(), indent=2))
         return
@@ -154,12 +157,3 @@ def _median(values: Any) -> float:
     import numpy as np
 
     return float(np.median(values))
-
-
-def _write(path: Path, text: str) -> None:
-    from ultraep_compile.html import write_page
-
-    try:
-        write_page(text, path)
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror or error}. Choose another --html.") from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ultraep_compile.cli.output import write_text, writing
 from ultraep_compile.errors import OptionError, UltraEPError
 
 if TYPE_CHECKING:
@@ -74,12 +75,19 @@ def schedule(
 ) -> None:
     """Plan a nested pipeline (or a baseline), prove that it runs, and say what it costs."""
     from ultraep_compile.schedules.auto import choose
+    from ultraep_compile.schedules.picture import check_kind
     from ultraep_compile.schedules.plan import plan
     from ultraep_compile.schedules.report import report, report_json
     from ultraep_compile.schedules.simulate import simulate
     from ultraep_compile.schedules.validate import validate
 
-    _check(encoder_memory, llm_memory, noise, auto, method)
+    _check(encoder_memory, llm_memory, noise)
+    if auto:
+        _check_left_to_auto(method, base, virtual, generator_group)
+    elif llm_memory is not None:
+        raise OptionError("--llm-memory limits what --auto may choose. Add --auto.")
+    if png is not None:
+        check_kind(png)
     base = base or ("interleaved" if virtual > 1 else "1f1b")
     pairs = {"llm": llm_cost, "encoder": encoder_cost, "generator": generator_cost}
     problem = _problem(stages, microbatches, virtual, base, pairs, costs, latency)
@@ -98,7 +106,7 @@ def schedule(
         noisy = simulate(made, noise).makespan if noise else None
         typer.echo(_summary(result, why, noise, noisy) + ("\n" + _table(shown) if compare else ""))
         if json is not None:
-            _write(json, json_module.dumps(report_json(result)))
+            write_text(json, json_module.dumps(report_json(result)), "--json")
     if encoder_memory is not None and max(result.peak.encoder) > encoder_memory + 1e-6:
         typer.echo(
             f"warning: the method {method} holds more than --encoder-memory {encoder_memory}.", err=True
@@ -107,20 +115,30 @@ def schedule(
 
 
 def _check(
-    encoder_memory: int | None, llm_memory: float | None, noise: float, auto: bool, method: str
+    encoder_memory: int | None, llm_memory: float | None, noise: float
 ) -> None:
     if encoder_memory is not None and encoder_memory < 1:
         raise OptionError(f"--encoder-memory is {encoder_memory}. Give at least 1 microbatch.")
-    if llm_memory is not None and not auto:
-        raise OptionError("--llm-memory limits what --auto may choose. Add --auto.")
     if llm_memory is not None and not llm_memory > 0:
         raise OptionError(f"--llm-memory is {llm_memory!r}. Give a positive number of stage activations.")
-    if auto and method != "nested":
+    if not (math.isfinite(noise) and noise >= 0):
+        raise OptionError(f"--noise is {noise!r}. Give a share >= 0, for example 0.1.")
+
+
+def _check_left_to_auto(method: str, base: str, virtual: int, generator_group: int) -> None:
+    """Refuse beside --auto what it would not look at."""
+    if method != "nested":
         raise OptionError(
             f"--auto chooses a nested schedule; --method {method} leaves nothing to choose. Drop one."
         )
-    if not (math.isfinite(noise) and noise >= 0):
-        raise OptionError(f"--noise is {noise!r}. Give a share >= 0, for example 0.1.")
+    if base:
+        raise OptionError(f"--auto chooses the base schedule, and --base {base} names one. Drop one of the two.")
+    if virtual != 1:
+        raise OptionError(f"--auto chooses virtual stages, and --virtual {virtual} names them. Drop one of the two.")
+    if generator_group:
+        raise OptionError(
+            f"--auto chooses groups, and --generator-group {generator_group} names one. Drop one of the two."
+        )
 
 
 def _problem(
@@ -198,32 +216,13 @@ def _draw(shown: list[Report], png: Path | None, html: Path | None, trace: Path 
     if png is not None:
         from ultraep_compile.schedules.picture import draw_png
 
-        with _naming(png):
+        with writing(png, "--png"):
             draw_png(shown, png)
     if html is not None:
         from ultraep_compile.schedules.page import page
 
-        _write(html, page(shown))
+        write_text(html, page(shown), "--html")
     if trace is not None:
         from ultraep_compile.schedules.trace import perfetto
 
-        _write(trace, json_module.dumps(perfetto(shown)))
-
-
-def _write(path: Path, text: str) -> None:
-    with _naming(path):
-        path.write_text(text)
-
-
-class _naming:
-    """Turns a failure to write a file into an error that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError):
-            raise OptionError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        write_text(trace, json_module.dumps(perfetto(shown)), "--trace")

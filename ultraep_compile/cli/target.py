@@ -33,7 +33,7 @@ def load_target(target: str) -> tuple[Any, Any]:
         )
     try:
         made = factory()
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
         raise TargetError(
             f"{target}() raised {type(reason).__name__}: {reason}. Make it run without arguments."
         ) from reason
@@ -46,19 +46,22 @@ def _module(place: str) -> ModuleType:
             path = Path(place)
             if not path.is_file():
                 raise TargetError(f"there is no file {place}. Check the path.")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            name = f"ultraep_target_{path.stem}"  # a file json.py must not become the module json
+            spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
+            sys.modules[name] = module
+            sys.path.append(str(path.resolve().parent))  # for what it imports from beside it; last, for the same reason
             spec.loader.exec_module(module)
             return module
         sys.path.insert(0, "")
         return importlib.import_module(place)
     except TargetError:
         raise
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
+        by_hand = f"python {place}" if place.endswith(".py") else f"python -c 'import {place}'"
         raise TargetError(
-            f"{place} does not import: {type(reason).__name__}: {reason}. Run `python -c 'import {Path(place).stem}'` to see why."
+            f"{place} does not import: {type(reason).__name__}: {reason}. Run `{by_hand}` to see why."
         ) from reason
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ultraep_compile.cli.output import writing
+
 
 def view(
     trace: Annotated[Path, typer.Argument(help="File written by the option trace=...")],
@@ -16,5 +18,7 @@ def view(
     from ultraep_compile.telemetry import read_trace, write_report
 
     target = out or trace.with_suffix(".html")
-    write_report(read_trace(trace), target)
+    recorded = read_trace(trace)
+    with writing(target, "--out"):
+        write_report(recorded, target)
     typer.echo(f"wrote {target}")

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ultraep_compile.backend import ultraep
 from ultraep_compile.decorator import take_options
-from ultraep_compile.errors import OptionError, PeerTimeoutError, PipelineError
+from ultraep_compile.errors import ArgumentError, OptionError, PeerTimeoutError, PipelineError, need_model
 from ultraep_compile.executor import gradients
 from ultraep_compile.executor.agreement import Facts, Shared, batch_facts, digest_of, disagreements, listed
 from ultraep_compile.executor.channels import communicators, forget
@@ -99,6 +99,8 @@ def pipeline(
         settings: see `Settings`.
     Raises: OptionError, PartsError, ScheduleError.
     """
+    if not isinstance(model, Parts):
+        need_model(model, "pipeline")
     chosen = Settings.of(microbatches, settings)
     dim = find_dim(mesh, pipeline_dim)
     ranks = mesh.size() if dim is None else mesh[dim].size()
@@ -450,6 +452,11 @@ def _common_modules(model: nn.Module | None, parts: Parts) -> list[nn.Module]:
 
 def find_dim(mesh: DeviceMesh, name: str | None) -> str | None:
     """The mesh dimension along which stages lie; None if the mesh has one dimension without a name."""
+    if not isinstance(mesh, DeviceMesh):
+        raise ArgumentError(
+            f"pipeline() was given {type(mesh).__name__} for a mesh. Give it the device mesh of the stages' ranks: "
+            "init_device_mesh('cuda', (4,))."
+        )
     names = mesh.mesh_dim_names
     if names is None:
         if mesh.ndim == 1:

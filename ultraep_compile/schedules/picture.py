@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultraep_compile.errors import OptionError
+from ultraep_compile.errors import OptionError, nearest
 from ultraep_compile.schedules.memory import memory_curves
 from ultraep_compile.schedules.report import Report
 
@@ -33,8 +33,11 @@ CURVES = {"encoder": "#E69F00", "LLM": "#0072B2", "generator": "#CC79A7"}
 _NAMED = 900  # operations above which microbatch numbers would be unreadable
 
 
-def draw_png(reports: Sequence[Report], path: Path) -> None:
-    """The first schedule's timeline and memory; the timelines of all the others below, on one time axis."""
+def pyplot() -> Any:
+    """Import matplotlib's pyplot for drawing into files.
+
+    Raises: OptionError where it is not installed.
+    """
     try:
         import matplotlib
 
@@ -45,9 +48,29 @@ def draw_png(reports: Sequence[Report], path: Path) -> None:
             "PNG pictures need matplotlib. Install ultraep-compile[pictures], or use --html, which"
             " needs nothing."
         ) from error
+    return pyplot
+
+
+def check_kind(path: Path) -> None:
+    """Refuse a picture file of a kind that matplotlib does not write (by its suffix), before anything is planned.
+
+    Raises: OptionError.
+    """
+    pyplot()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    kind = path.suffix[1:].lower()
+    if kind and kind not in kinds:
+        raise OptionError(f"--png {path} is of an unknown kind. {nearest(kind, kinds)}")
+
+
+def draw_png(reports: Sequence[Report], path: Path) -> None:
+    """The first schedule's timeline and memory; the timelines of all the others below, on one time axis."""
+    plots = pyplot()
     ranks = len(reports[0].schedule.ranks)
     heights = [max(1.6, 0.42 * ranks)] + [1.5] + [max(1.3, 0.26 * ranks)] * (len(reports) - 1)
-    figure, axes = pyplot.subplots(
+    figure, axes = plots.subplots(
         len(heights),
         1,
         figsize=(15, sum(heights) + 0.75 * len(heights)),
@@ -63,7 +86,7 @@ def draw_png(reports: Sequence[Report], path: Path) -> None:
     _legend(axes[0, 0], reports)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
 def title(report: Report) -> str:
