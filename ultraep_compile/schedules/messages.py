@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ultraep_compile.schedules.actions import Op, Schedule
+from ultraep_compile.schedules.collection import without_collection
 from ultraep_compile.schedules.dependencies import Graph
 
 CHANNELS = ("FWD", "BWD", "EMB", "EGRAD", "H", "DH")
@@ -79,6 +80,7 @@ def messages_of(schedule: Schedule, graph: Graph | None = None) -> dict[Message,
     return found
 
 
+@without_collection
 def lower(schedule: Schedule) -> Programs:
     """Each rank's operations with its sends and receives between them."""
     graph = Graph(schedule.problem, schedule.ranks)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ultraep_compile.errors import ScheduleError, nearest
 from ultraep_compile.schedules.actions import Schedule
 from ultraep_compile.schedules.baselines import colocated, encoder_first, flush, recompute, uneven
+from ultraep_compile.schedules.collection import without_collection
 from ultraep_compile.schedules.dependencies import Graph
 from ultraep_compile.schedules.disttrain import disttrain
 from ultraep_compile.schedules.fit import fit
@@ -69,6 +70,7 @@ def plan_many(problems: Iterable[Problem], **choices) -> list[Schedule]:
     return [plan(problem, **choices) for problem in problems]
 
 
+@without_collection
 def plan_nested(problem: Problem, rule: Rule) -> Schedule:
     """The best of a few nested schedules within rule.memory: the fastest; where items make memory uneven, the
     one that holds least beyond 1.8 c mean microbatches among those that are as fast as unlimited memory would

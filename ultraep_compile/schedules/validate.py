@@ -10,17 +10,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
 
 from ultraep_compile.errors import ScheduleError
 from ultraep_compile.schedules.actions import Op, Schedule
+from ultraep_compile.schedules.collection import without_collection
 from ultraep_compile.schedules.holdings import memory_steps
 from ultraep_compile.schedules.messages import CHANNELS, Message, Programs, Transfer, lower
 from ultraep_compile.schedules.problem import Caps, Problem
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 Place = tuple[int, int]  # rank, position
+Numbers: TypeAlias = "NDArray[np.int64]"
 
 
+@without_collection
 def validate(schedule: Schedule, programs: Programs | None = None) -> Programs:
     """Raise ScheduleError unless the schedule is sound; returns its programs (or the given ones, checked)."""
     places = check_operations(schedule)
@@ -135,48 +142,79 @@ def expected_work(problem: Problem, done: Counter) -> Iterator[tuple[str, int, i
 
 
 def data_edges(problem: Problem, places: dict[Op, Place]) -> Iterator[tuple[Op, Op]]:
-    """(producer, consumer) for all data, written down per microbatch from the model's structure."""
-    holders: dict[tuple[str, int, int], list[Op]] = {}
-    for op in places:
-        if op.kind in ("EF", "EB", "G"):
-            for j in op.microbatches:
-                holders.setdefault((op.kind, op.stage, j), []).append(op)
-    last = problem.stages - 1
-    for j in range(problem.microbatches):
-        forward = [Op("F", s, j) for s in range(last + 1)]
-        whole = [Op("B", s, j) in places for s in range(last + 1)]
-        backward = [Op("B" if whole[s] else "I", s, j) for s in range(last + 1)]
-        yield from pairwise(forward)
-        yield from zip(backward[1:], backward, strict=False)
-        yield from zip(forward, backward, strict=True)  # the stage's own activations
-        yield from ((backward[s], Op("W", s, j)) for s in range(last + 1) if not whole[s])
-        for g in range(len(problem.generators)):
-            for op in holders.get(("G", g, j), ()):
-                yield forward[last], op
-                yield op, backward[last]
-        for e, encoder in enumerate(problem.encoders):
-            for s in encoder.feeds:
-                yield from ((op, forward[s]) for op in holders.get(("EF", e, j), ()))
-                yield from ((backward[s], op) for op in holders.get(("EB", e, j), ()))
-    yield from ((op._replace(kind="EF"), op) for op in places if op.kind == "EB")
+    """(producer, consumer) for all data, written down from the model's structure."""
+    ops = list(places)
+    producers, consumers = _numbered_edges(problem, ops)
+    yield from ((ops[a], ops[b]) for a, b in zip(producers.tolist(), consumers.tolist(), strict=True))
+
+
+def _numbered_edges(problem: Problem, ops: Sequence[Op]) -> tuple[Numbers, Numbers]:
+    """Producers and consumers of all data, as places in the list of operations."""
+    import numpy as np  # here and below, because planning alone needs none
+
+    shape = (problem.stages, problem.microbatches)
+    table = {kind: np.full(shape, -1) for kind in ("F", "B", "I", "W")}
+    holders: dict[tuple[str, int, int], list[int]] = {}
+    twins: dict[tuple[int, int, tuple], int] = {}  # encoder forwards
+    pairs: list[tuple[int, int]] = []
+    for n, op in enumerate(ops):
+        if op.kind in table:
+            table[op.kind][op.stage, op.microbatch] = n
+            continue
+        if op.kind == "EF":
+            twins[op[1:]] = n
+        for j in op.microbatches:
+            holders.setdefault((op.kind, op.stage, j), []).append(n)
+    pairs += ((twins[op[1:]], n) for n, op in enumerate(ops) if op.kind == "EB")
+    forward, weight = table["F"], table["W"]
+    backward = np.where(table["B"] >= 0, table["B"], table["I"])
+    split = weight >= 0
+    for (kind, unit, j), numbers in holders.items():
+        if kind == "G":
+            pairs += ((forward[-1, j], n) for n in numbers)
+            pairs += ((n, backward[-1, j]) for n in numbers)
+            continue
+        for s in problem.encoders[unit].feeds:
+            pairs += ((n, forward[s, j]) if kind == "EF" else (backward[s, j], n) for n in numbers)
+    others = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    producers = (forward[:-1], backward[1:], forward, backward[split], others[:, 0])
+    consumers = (forward[1:], backward[:-1], backward, weight[split], others[:, 1])
+    return np.concatenate([x.ravel() for x in producers]), np.concatenate([x.ravel() for x in consumers])
 
 
 def check_order(schedule: Schedule, places: dict[Op, Place]) -> None:
     """Data edges and each rank's order together must leave some order of execution."""
-    import networkx as nx  # here, because it is half of this package's import time
+    import numpy as np
 
-    graph = nx.DiGraph()
-    graph.add_nodes_from(places)
-    for ops in schedule.ranks:
-        nx.add_path(graph, ops)
-    for producer, consumer in data_edges(schedule.problem, places):
-        if places[producer][0] == places[consumer][0] and places[producer][1] > places[consumer][1]:
-            _fail(schedule, *places[consumer], f"runs {consumer} before {producer}, whose output it needs")
-        graph.add_edge(producer, consumer)
-    if not nx.is_directed_acyclic_graph(graph):
-        cycle = [edge[0] for edge in nx.find_cycle(graph)]
-        told = " -> ".join(f"{op} (rank {places[op][0]})" for op in [*cycle, cycle[0]])
-        _fail(schedule, *places[cycle[0]], f"can never run {cycle[0]}: deadlock {told}")
+    ops, rank = list(places), np.repeat(np.arange(len(schedule.ranks)), [len(row) for row in schedule.ranks])
+    producers, consumers = _numbered_edges(schedule.problem, ops)
+    backward = np.flatnonzero((rank[producers] == rank[consumers]) & (producers > consumers))
+    if len(backward):
+        producer, consumer = ops[producers[backward[0]]], ops[consumers[backward[0]]]
+        _fail(schedule, *places[consumer], f"runs {consumer} before {producer}, whose output it needs")
+    chained = np.flatnonzero(rank[:-1] == rank[1:])
+    if cycle := _cycle(len(ops), (producers, chained), (consumers, chained + 1)):
+        loop = [ops[n] for n in cycle]
+        told = " -> ".join(f"{op} (rank {places[op][0]})" for op in [*loop, loop[0]])
+        _fail(schedule, *places[loop[0]], f"can never run {loop[0]}: deadlock {told}")
+
+
+def _cycle(count: int, sources: Sequence[Numbers], targets: Sequence[Numbers]) -> list[int]:
+    """The nodes of one cycle of a graph, in order; empty if it has none."""
+    import numpy as np
+    from scipy.sparse import coo_array  # here, because it is half of this package's import time
+    from scipy.sparse.csgraph import connected_components
+
+    a, b = np.concatenate(sources), np.concatenate(targets)
+    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
+    parts, label = connected_components(graph.tocsr(), connection="strong")
+    if parts == count:
+        return []
+    import networkx as nx
+
+    inside = (label[a] == label[b]) & (np.bincount(label)[label[a]] > 1)
+    knot = nx.DiGraph(zip(a[inside].tolist(), b[inside].tolist(), strict=True))
+    return [edge[0] for edge in nx.find_cycle(knot)]
 
 
 def check_memory(schedule: Schedule, caps: Caps) -> None:
@@ -208,104 +246,116 @@ def check_messages(schedule: Schedule, programs: Programs, places: dict[Op, Plac
             raise ScheduleError(
                 f"Rank {r}'s program does not run the operations of its schedule in their order."
             )
-    needed = _needed_messages(schedule.problem, places)
-    where: dict[tuple[str, Message], Place] = {}
+    ops = list(places)
+    needed = _needed_messages(schedule, ops)
+    number = {message: n for n, message in enumerate(needed)}
+    where: dict[str, list[int]] = {end: [-1] * len(number) for end in ("SEND", "RECV")}  # position in its program
+    queues: dict[tuple[str, str, int, int], list[int]] = {}  # messages of a pair of ranks on a channel, in order
+    position: list[int] = []  # of every operation in its program
+    waits: list[tuple[int, int]] = []  # (earlier, later), operations first, then messages
     for r, program in enumerate(programs):
+        latest: dict[str, int] = {}
+        ran = -1
         for i, action in enumerate(program):
-            if isinstance(action, Transfer):
-                message, end = action.message, action.kind
-                if message not in needed:
-                    _fail_program(programs, r, i, f"has {action}, which nothing needs")
-                if (end, message) in where:
-                    _fail_program(programs, r, i, f"has {action} twice")
-                if r != (message.source if end == "SEND" else message.target):
-                    _fail_program(programs, r, i, f"has {action}, which belongs to another rank")
-                where[end, message] = (r, i)
-    position = {a: i for program in programs for i, a in enumerate(program) if isinstance(a, Op)}
-    for message, consumers in needed.items():
-        for end, r in (("SEND", message.source), ("RECV", message.target)):
-            if (end, message) not in where:
-                raise ScheduleError(f"Rank {r} lacks {Transfer(end, message)}, needed by {consumers[0]}.")
-        r, i = where["SEND", message]
-        if i < position[message.producer]:
-            _fail_program(programs, r, i, f"sends the output of {message.producer} before it runs")
-        r, i = where["RECV", message]
-        late = [op for op in consumers if position[op] < i]
-        if late:
-            _fail_program(programs, r, i, f"receives the input of {late[0]} after it runs")
-    _check_pair_order(programs)
-    _check_rendezvous(programs, needed)
+            if isinstance(action, Op):
+                if ran >= 0:
+                    waits.append((ran, len(position)))
+                ran = len(position)
+                position.append(i)
+                continue
+            end, message = action
+            channel, source, target, _, _ = message
+            n = number.get(message, -1)
+            if n < 0:
+                _fail_program(programs, r, i, f"has {action}, which nothing needs")
+            if where[end][n] >= 0:
+                _fail_program(programs, r, i, f"has {action} twice")
+            if r != (source if end == "SEND" else target):
+                _fail_program(programs, r, i, f"has {action}, which belongs to another rank")
+            where[end][n] = i
+            queues.setdefault((end, channel, source, target), []).append(n)
+            node = len(ops) + n
+            if ran >= 0:
+                waits.append((ran, node))
+            if channel in latest:
+                waits.append((latest[channel], node))
+            latest[channel] = node
+    for n, (message, (producer, consumer)) in enumerate(needed.items()):
+        send, receive = where["SEND"][n], where["RECV"][n]
+        if send < 0 or receive < 0:
+            end, r = ("SEND", message.source) if send < 0 else ("RECV", message.target)
+            raise ScheduleError(f"Rank {r} lacks {Transfer(end, message)}, needed by {ops[consumer]}.")
+        if send < position[producer]:
+            what = f"sends the output of {message.producer} before it runs"
+            _fail_program(programs, message.source, send, what)
+        if position[consumer] < receive:
+            _fail_program(programs, message.target, receive, f"receives the input of {ops[consumer]} after it runs")
+        waits.append((len(ops) + n, consumer))
+    messages = list(needed)
+    _check_pair_order(programs, messages, queues, where["RECV"])
+    _check_rendezvous(ops, messages, waits)
 
 
-def _needed_messages(problem: Problem, places: dict[Op, Place]) -> dict[Message, list[Op]]:
-    needed: dict[Message, list[Op]] = {}
-    for producer, consumer in data_edges(problem, places):
-        source, target = places[producer][0], places[consumer][0]
-        if source == target:
-            continue
-        kinds = (producer.kind, consumer.kind)
-        if "EF" in kinds:
+def _needed_messages(schedule: Schedule, ops: Sequence[Op]) -> dict[Message, tuple[int, int]]:
+    """Every message that crosses ranks, with the numbers of its producer and of the first operation there that needs
+    it."""
+    import numpy as np
+
+    rank = np.repeat(np.arange(len(schedule.ranks)), [len(row) for row in schedule.ranks])
+    producers, consumers = _numbered_edges(schedule.problem, ops)
+    crossing = rank[producers] != rank[consumers]
+    a, b = producers[crossing], consumers[crossing]
+    needed: dict[Message, tuple[int, int]] = {}
+    edges = zip(a.tolist(), b.tolist(), rank[a].tolist(), rank[b].tolist(), strict=True)
+    for producer, consumer, source, target in edges:
+        giver, taker = ops[producer], ops[consumer]
+        if giver.kind == "EF":
             channel = "EMB"
-        elif "EB" in kinds:
+        elif taker.kind == "EB":
             channel = "EGRAD"
-        elif "G" in kinds:
-            channel = "H" if consumer.kind == "G" else "DH"
+        elif "G" in (giver.kind, taker.kind):
+            channel = "H" if taker.kind == "G" else "DH"
         else:
-            channel = "FWD" if consumer.kind == "F" else "BWD"
-        j = consumer.microbatch if consumer.microbatch >= 0 else producer.microbatch
-        needed.setdefault(Message(channel, source, target, producer, j), []).append(consumer)
+            channel = "FWD" if taker.kind == "F" else "BWD"
+        j = taker.microbatch if taker.microbatch >= 0 else giver.microbatch
+        message = Message(channel, source, target, giver, j)
+        known = needed.get(message)
+        if known is None or consumer < known[1]:
+            needed[message] = (producer, consumer)
     return needed
 
 
-def _check_pair_order(programs: Programs) -> None:
+def _check_pair_order(
+    programs: Programs,
+    messages: Sequence[Message],
+    queues: dict[tuple[str, str, int, int], list[int]],
+    received_at: Sequence[int],
+) -> None:
     """The k-th send of a pair of ranks on a channel must meet the k-th receive."""
-    queues: dict[tuple[str, str, int, int], list[tuple[Message, Place]]] = {}
-    for r, program in enumerate(programs):
-        for i, action in enumerate(program):
-            if isinstance(action, Transfer):
-                m = action.message
-                queues.setdefault((action.kind, m.channel, m.source, m.target), []).append((m, (r, i)))
     for (kind, channel, source, target), sends in queues.items():
-        if kind == "SEND":
-            receives = queues["RECV", channel, source, target]
-            for (sent, _), (received, place) in zip(sends, receives, strict=True):
-                if sent != received:
-                    told = f"expects {received.producer} from rank {source} on {channel}"
-                    told += f", which sends {sent.producer}"
-                    _fail_program(programs, *place, told)
+        receives = queues["RECV", channel, source, target]
+        if kind == "RECV" or sends == receives:
+            continue
+        sent, received = next((s, r) for s, r in zip(sends, receives, strict=True) if s != r)
+        told = f"expects {messages[received].producer} from rank {source} on {channel}"
+        told += f", which sends {messages[sent].producer}"
+        _fail_program(programs, target, received_at[received], told)
 
 
-def _check_rendezvous(programs: Programs, needed: dict[Message, list[Op]]) -> None:
+def _check_rendezvous(ops: Sequence[Op], messages: Sequence[Message], waits: list[tuple[int, int]]) -> None:
     """The wait-for graph when each queue of a rank and channel moves one message at a time, sends waiting for
     receives.
 
     An operation waits for the one before it and for the messages it consumes; a message for the operation
     before its send and before its receive, and for the previous message in both queues."""
-    import networkx as nx
+    import numpy as np
 
-    graph = nx.DiGraph()
-    for program in programs:
-        latest: dict[str, Message] = {}
-        ran: Op | None = None
-        for action in program:
-            if isinstance(action, Op):
-                if ran is not None:
-                    graph.add_edge(ran, action)
-                ran = action
-                continue
-            message = action.message
-            if ran is not None:
-                graph.add_edge(ran, message)
-            if (previous := latest.get(message.channel)) is not None:
-                graph.add_edge(previous, message)
-            latest[message.channel] = message
-    for message, consumers in needed.items():
-        graph.add_edges_from((message, op) for op in consumers)
-    if not nx.is_directed_acyclic_graph(graph):
-        cycle = [edge[0] for edge in nx.find_cycle(graph)]
+    edges = np.array(waits, dtype=np.int64).reshape(-1, 2)
+    if cycle := _cycle(len(ops) + len(messages), (edges[:, 0],), (edges[:, 1],)):
+        nodes = [ops[n] if n < len(ops) else messages[n - len(ops)] for n in cycle]
         told = " -> ".join(
             str(n) if isinstance(n, Op) else f"{n.channel} of {n.producer} from rank {n.source} to {n.target}"
-            for n in cycle
+            for n in nodes
         )
         raise ScheduleError(
             f"Deadlock when sends wait for their receives: {told} -> back to the first. Change the order of"
