@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from copy import copy
 
 from ultraep_compile.errors import ScheduleError
 from ultraep_compile.schedules.actions import Op
@@ -36,6 +37,12 @@ class Graph:
         self.duration = durations(problem, self.ops)
         self.preds = self._predecessors()
         self._successors: list[list[int]] = []  # made when first asked for
+
+    def with_costs(self, problem: Problem) -> Graph:
+        """The graph of the same operations at the costs of another problem."""
+        other = copy(self)
+        other.problem, other.duration = problem, durations(problem, self.ops)
+        return other
 
     def _predecessors(self) -> list[list[int]]:
         """For each operation the numbers of those whose output it needs."""

@@ -66,17 +66,21 @@ def messages_of(schedule: Schedule, graph: Graph | None = None) -> dict[Message,
     """Every message with the numbers of its producer and its first consumer in the schedule's graph."""
     graph = graph or Graph(schedule.problem, schedule.ranks)
     found: dict[Message, tuple[int, int]] = {}
+    ops, rank = graph.ops, graph.rank
     for i, need in enumerate(graph.preds):
-        consumer, target = graph.ops[i], graph.rank[i]
+        consumer, target = ops[i], rank[i]
         for p in need:
-            if graph.rank[p] == target:
+            if rank[p] == target:
                 continue
-            producer = graph.ops[p]
+            producer = ops[p]
             channel = channel_of(producer, consumer)
+            if not producer.items and not consumer.items:
+                found.setdefault(Message(channel, rank[p], target, producer, producer.microbatch), (p, i))
+                continue
             shared = consumer.microbatches if producer.items else producer.microbatches
             for j in shared:
                 if j in producer.microbatches and j in consumer.microbatches:
-                    found.setdefault(Message(channel, graph.rank[p], target, producer, j), (p, i))
+                    found.setdefault(Message(channel, rank[p], target, producer, j), (p, i))
     return found
 
 
@@ -86,26 +90,32 @@ def lower(schedule: Schedule) -> Programs:
     graph = Graph(schedule.problem, schedule.ranks)
     start, _ = graph.replay()
     turn = graph.linear_order()
-    found = messages_of(schedule, graph)
-    ordered = sorted(found, key=lambda m: (start[found[m][1]], turn[found[m][1]], found[m][0], m.microbatch))
-    slot: dict[tuple[int, str], int] = {}  # (rank, channel) -> operations run before its latest transfer
-    inserted: list[dict[int, list[Action]]] = [{} for _ in schedule.ranks]
-    for message in ordered:
-        producer, consumer = found[message]
+    first, ops = graph.first, graph.ops
+    ordered = sorted(
+        (start[consumer], turn[consumer], producer, message.microbatch, consumer, message)
+        for message, (producer, consumer) in messages_of(schedule, graph).items()
+    )
+    slot: dict[tuple[int, str], int] = {}  # (rank, channel) -> operation before which its latest transfer stands
+    before: list[list[Action]] = [[] for _ in range(len(ops) + len(schedule.ranks))]  # each operation, each rank's end
+    for _, _, producer, _, consumer, message in ordered:
+        channel, source, target, _, _ = message
         ends = (
-            ("SEND", message.source, producer + 1 - graph.first[message.source]),
-            ("RECV", message.target, max(0, consumer - 1 - graph.first[message.target])),
+            ("SEND", source, producer + 1 + source),
+            ("RECV", target, max(first[target], consumer - 1) + target),
         )
         for kind, rank, earliest in ends:
-            at = slot[rank, message.channel] = max(earliest, slot.get((rank, message.channel), 0))
-            inserted[rank].setdefault(at, []).append(Transfer(kind, message))
+            at = slot.get((rank, channel), 0)
+            if at < earliest:
+                at = slot[rank, channel] = earliest
+            before[at].append(Transfer(kind, message))
     programs = []
-    for rank, ops in enumerate(schedule.ranks):
+    for rank, row in enumerate(schedule.ranks):
         program: list[Action] = []
-        for i, op in enumerate(ops):
-            program += inserted[rank].get(i, [])
+        shift = first[rank] + rank
+        for i, op in enumerate(row):
+            program += before[shift + i]
             program.append(op)
-        programs.append(tuple(program + inserted[rank].get(len(ops), [])))
+        programs.append(tuple(program + before[shift + len(row)]))
     return tuple(programs)
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ultraep_compile.errors import ScheduleError
@@ -165,11 +165,18 @@ def _lag(problem: Problem, rule: Rule, q: int) -> int:
 def base_run(problem: Problem, base: str, lag: int = 1) -> BaseRun:
     """The base schedule of an LLM-only problem, played. Kept for the next plan: pipelines of one job share
     it."""
-    virtual = problem.stages // problem.ranks
-    orders = base_order(base, problem.ranks, virtual, problem.microbatches, lag)
-    graph = Graph(problem, orders)
+    even = replace(problem, llm_forward=(1.0,) * problem.microbatches, llm_backward=(1.0,) * problem.microbatches)
+    orders, graph, peak = _structure(even, base, lag)
+    graph = graph.with_costs(problem)
     start, end = graph.replay()
-    return BaseRun(orders, graph, start, end, _llm_peak(problem, orders))
+    return BaseRun(orders, graph, start, end, peak)
+
+
+@lru_cache(maxsize=16)
+def _structure(problem: Problem, base: str, lag: int) -> tuple[Orders, Graph, tuple[float, ...]]:
+    """What base schedules of problems that differ in costs alone have in common."""
+    orders = base_order(base, problem.ranks, problem.stages // problem.ranks, problem.microbatches, lag)
+    return orders, Graph(problem, orders), _llm_peak(problem, orders)
 
 
 def _llm_peak(problem: Problem, orders: Orders) -> tuple[float, ...]:

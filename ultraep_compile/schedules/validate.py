@@ -86,6 +86,9 @@ def _check_llm_complete(schedule: Schedule, places: dict[Op, Place]) -> None:
     problem = schedule.problem
     for s in range(problem.stages):
         for j in range(problem.microbatches):
+            if ("F", s, j, ()) in places and ("B", s, j, ()) in places:
+                if ("I", s, j, ()) not in places and ("W", s, j, ()) not in places:
+                    continue
             have = {kind: places.get(Op(kind, s, j)) for kind in ("F", "B", "I", "W")}
             if have["F"] is None:
                 _missing(schedule, problem.stage_rank[s], f"never runs {s}F{j}")
@@ -248,7 +251,7 @@ def check_messages(schedule: Schedule, programs: Programs, places: dict[Op, Plac
             )
     ops = list(places)
     needed = _needed_messages(schedule, ops)
-    number = {message: n for n, message in enumerate(needed)}
+    number, known = {message: n for n, message in enumerate(needed)}, {}
     where: dict[str, list[int]] = {end: [-1] * len(number) for end in ("SEND", "RECV")}  # position in its program
     queues: dict[tuple[str, str, int, int], list[int]] = {}  # messages of a pair of ranks on a channel, in order
     position: list[int] = []  # of every operation in its program
@@ -265,7 +268,9 @@ def check_messages(schedule: Schedule, programs: Programs, places: dict[Op, Plac
                 continue
             end, message = action
             channel, source, target, _, _ = message
-            n = number.get(message, -1)
+            n = known.get(id(message), -1)  # both ends are usually the same object, and hashes take their time
+            if n < 0:
+                n = known[id(message)] = number.get(message, -1)
             if n < 0:
                 _fail_program(programs, r, i, f"has {action}, which nothing needs")
             if where[end][n] >= 0:
