@@ -14,7 +14,8 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.roles import Roles, watch_roles
@@ -106,13 +107,6 @@ class Anatomy:
     def part(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
 
-    def around(self) -> list[nn.Module]:
-        """Modules outside of layers, encoders, projectors and generators."""
-        inside = {
-            m for part in (*self.layers, *(self.part(p) for g in self.groups for p in g.paths)) for m in part.modules()
-        }
-        return [m for m in self.model.modules() if m not in inside]
-
 
 def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None) -> Anatomy:
     """Run a model once on a batch, with gradients but without a backward.
@@ -137,15 +131,30 @@ def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None
     found.groups = _groups(found, watcher, read)
     n = len(found.layers)
     found.costs = [watcher.spent[i] for i in range(n)]
-    found.front, found.head = watcher.before, watcher.flops.get_total_flops() - watcher.at
+    found.front, found.head = watcher.before, watcher.flops.total - watcher.at
     found.outputs = [watcher.outputs[i] for i in range(n)]
     return found
+
+
+class _Flops(TorchDispatchMode):
+    """Counts the FLOPs of products. torch's own counter hooks modules, which fails where they run without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is not None:
+            self.total += counted(*args, **(kwargs or {}), out_val=output)
+        return output
 
 
 class _Watcher:
     def __init__(self, found: Anatomy) -> None:
         self.found = found
-        self.flops = FlopCounterMode(display=False)
+        self.flops = _Flops()
         self.cut: dict[int, tuple[int, int]] = {}  # id of a leaf -> (call, place in the call's output)
         self.calls: list[str] = []
         self.fed_by: list[set[int]] = []  # per call: calls whose outputs its arguments depend on
@@ -176,9 +185,9 @@ class _Watcher:
             call = len(self.calls)
             self.calls.append(path)
             self.fed_by.append({c for c, _ in self.leaves_behind(pytree.tree_leaves((args, kwargs)))})
-            start = self.flops.get_total_flops()
+            start = self.flops.total
             leaves, spec = flatten(own(*args, **kwargs))
-            self.in_parts += self.flops.get_total_flops() - start
+            self.in_parts += self.flops.total - start
             for i, leaf in enumerate(leaves):
                 if is_state(leaf):
                     fresh = self._fresh(leaf)
@@ -190,11 +199,11 @@ class _Watcher:
 
     def _layer(self, index: int) -> Action:
         def action(own: Any, args: Any, kwargs: Any) -> Any:
-            start = self.flops.get_total_flops()
+            start = self.flops.total
             if not self.spent:
                 self.before = start - self.in_parts
             output = own(*args, **kwargs)
-            self.at = self.flops.get_total_flops()
+            self.at = self.flops.total
             self.spent[index] = self.at - start
             leaves, spec = pytree.tree_flatten(output)
             self.outputs[index] = ([None if is_state(x) else x for x in leaves], spec)
@@ -214,9 +223,9 @@ class _Watcher:
         def action(own: Any, args: Any, kwargs: Any) -> Any:
             given = pytree.tree_leaves((args, kwargs))
             read = tuple(i for i, x in enumerate(given) if any(id(v) in self.last for v in variables_behind([x])))
-            start = self.flops.get_total_flops()
+            start = self.flops.total
             leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
-            self.at += self.flops.get_total_flops() - start
+            self.at += self.flops.total - start
             self.ends += [x for x in leaves if is_state(x)]
             leaves = [self._fresh(x) if is_state(x) else x for x in leaves]
             self.heads.setdefault(path, []).append((read, leaves))

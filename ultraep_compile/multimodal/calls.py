@@ -86,7 +86,7 @@ class Calls:
 
         actions: dict[Any, Action] = {self.anatomy.part(p): noted(p) for g in self.anatomy.groups for p in g.paths}
         with torch.no_grad():
-            run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave}, self.anatomy.around())
+            run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave})
         return calls
 
 
@@ -105,7 +105,7 @@ def _signed(value: Any) -> tuple[Any, ...]:
 def answers(
     calls: tuple[PartCall, ...], groups: list[Group], features: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[str, Action]:
-    """Actions that stand for encoders and projectors: their features as given, all else hollow.
+    """Actions that stand for encoders and projectors: their features as given, all other states absent.
 
     Features of a part that is called several times are handed out in order, as many rows as each call makes.
     """
@@ -123,7 +123,7 @@ def answers(
             for i, leaf in enumerate(call.leaves):
                 given = features.get(place[path, i][0]) if (path, i) in place else None
                 if given is None:
-                    leaves.append(leaf.hollow() if isinstance(leaf, Shape) else leaf)
+                    leaves.append(leaf.absent(f"what {path} returns") if isinstance(leaf, Shape) else leaf)
                     continue
                 _, slot, dim = place[path, i]
                 start = used.get((path, i), 0)

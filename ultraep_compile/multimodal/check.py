@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ def check_parts(parts: Parts, batch: Mapping[str, Any]) -> None:
     with every_parameter_trainable(model):
         with untouched(model):
             loss, expected = model_gradients(parts, microbatches)
-        with untouched(model):
+        with untouched(model), contextlib.ExitStack() as alone:
+            for part in parts.part_modules():
+                alone.enter_context(part.without_other_weights())
             ours, got = parts_gradients(parts, microbatches)
     half = any(is_state(p) and p.element_size() < 4 for p in model.parameters())
     autocast = any(torch.is_autocast_enabled(p.device.type) for p in model.parameters())

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy
 from ultraep_compile.multimodal.division import Division
-from ultraep_compile.multimodal.modules import EncoderModule, GeneratorModule, StageModule
-from ultraep_compile.multimodal.skeleton import every_parameter_trainable, variables_behind
+from ultraep_compile.multimodal.modules import EncoderModule, GeneratorModule, PartModule, StageModule
+from ultraep_compile.multimodal.reads import Reads
+from ultraep_compile.multimodal.skeleton import every_parameter_trainable, loss_of, variables_behind
+
+log = logging.getLogger(__name__)
 
 
 def balanced(costs: Sequence[float], stages: int, front: float = 0.0, head: float = 0.0) -> list[range]:
@@ -53,16 +59,51 @@ def trace_reads(
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Run the parts one after the other and note which parameters and features each one reads.
 
+    In the model's mode (train or eval) and, if it runs so, in the other one, since either may use weights that the other does not.
     Sets the `reads` of all parts. Returns: encoder -> stages that read its features; parameters that no part reads.
+
+    Raises: PartsError: the model's loss is made from parameters that no part reads.
     """
-    model = anatomy.model
+    model, parts = anatomy.model, (*encoders, *stages, *generators)
     with torch.enable_grad(), every_parameter_trainable(model):
-        feeds, last = _chain(anatomy, encoders, stages, batch)
+        feeds, last = _chain(anatomy, encoders, stages, generators, batch)
         for generator in generators:
-            generator.reads = _read(model, [generator(last, **batch)], [generator.head.name])
             generator.head.divides = _divides(generator, last, batch, division)
-    read = {n for part in (*encoders, *stages, *generators) for n in part.reads}
+        _nothing_forgotten(model, parts, batch)
+    try:
+        with _other_mode(model), torch.no_grad():
+            more, _ = _chain(anatomy, encoders, stages, generators, batch)
+    except Exception as reason:
+        log.info("weights that %s uses in the other mode are not known: %s", type(model).__name__, reason)
+    else:
+        feeds = {name: tuple(sorted({*several, *more[name]})) for name, several in feeds.items()}
+    read = {n for part in parts for n in part.reads}
     return feeds, [n for n, _ in model.named_parameters() if n not in read]
+
+
+def _nothing_forgotten(model: nn.Module, parts: Sequence[PartModule], batch: Mapping[str, Any]) -> None:
+    with Reads(dict(model.named_parameters())) as reads:
+        loss = loss_of(model(**batch))
+    read = {n for part in parts for n in part.reads}
+    if forgotten := sorted(reads.behind(loss) - read):
+        raise PartsError(
+            f"the loss is made from {', '.join(forgotten[:4])} ({len(forgotten)} in all), which no encoder, stage or generator reads: some value"
+            " goes around the cut between the parts. Compute it in the model's own forward, from its inputs."
+        )
+
+
+@contextlib.contextmanager
+def _other_mode(model: nn.Module) -> Iterator[None]:
+    """In evaluation what trains, and the other way round."""
+    before = {m: m.training for m in model.modules()}
+    try:
+        for module in before:
+            module.training = not model.training if module is not model else module.training
+        model.training = not model.training
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 def trace_feeds(
@@ -70,38 +111,51 @@ def trace_feeds(
 ) -> dict[str, tuple[int, ...]]:
     """Encoder -> stages that read its features."""
     with torch.enable_grad(), every_parameter_trainable(anatomy.model):
-        return _chain(anatomy, encoders, stages, batch)[0]
+        return _chain(anatomy, encoders, stages, (), batch)[0]
 
 
 def _chain(
-    anatomy: Anatomy, encoders: Sequence[EncoderModule], stages: Sequence[StageModule], batch: Mapping[str, Any]
+    anatomy: Anatomy,
+    encoders: Sequence[EncoderModule],
+    stages: Sequence[StageModule],
+    generators: Sequence[GeneratorModule],
+    batch: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[int, ...]], tuple[Tensor, ...]]:
+    """Run the parts, add to their `reads`; the stages that read each encoder's features, and what the last stage returns."""
+    model = anatomy.model
+    parameters = dict(model.named_parameters())
+
+    def noted(part: PartModule, paths: Iterable[str], given: Mapping[Any, Tensor], call: Callable[[], Any]) -> Any:
+        with Reads({**parameters, **given}) as reads:
+            made = call()
+        ids = {id(v) for v in variables_behind(pytree.tree_leaves(made))}  # kernels that no dispatcher sees have a backward
+        behind = reads.behind(made) | {key for key, x in {**parameters, **given}.items() if id(x) in ids}
+        own = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
+        part.reads = tuple(n for n, p in parameters.items() if n in behind or n in part.reads or id(p) in own)
+        return made, behind
+
     features: dict[str, tuple[Tensor, ...]] = {}
     feeds: dict[str, list[int]] = {e.group.name: [] for e in encoders}
     for encoder in encoders:
-        made = encoder(**batch)
-        encoder.reads = _read(anatomy.model, made, encoder.group.paths)
-        features[encoder.group.name] = tuple(f.detach().requires_grad_() for f in made)
+        made, _ = noted(encoder, encoder.group.paths, {}, lambda e=encoder: e(**batch))
+        features[encoder.group.name] = _leaves(made)
+    entering = {(name, i): x for name, several in features.items() for i, x in enumerate(several)}
     hidden: tuple[Tensor, ...] = ()
     for index, stage in enumerate(stages):
-        made = stage(hidden, batch, features)
-        behind = {id(v) for v in variables_behind(made)}
+        stage.calls(batch)  # once, outside of what is noted
+        layers = [f"{anatomy.roles.layers}.{i}" for i in range(stage.first, stage.last)]
+        made, behind = noted(stage, layers, entering, lambda s=stage, h=hidden: s(h, batch, features))
         for name, group in features.items():
-            if any(id(f) in behind for f in group):
+            if any((name, i) in behind for i in range(len(group))):
                 feeds[name].append(index)
-        stage.reads = _read(
-            anatomy.model, made, [f"{anatomy.roles.layers}.{i}" for i in range(stage.first, stage.last)]
-        )
-        hidden = tuple(h.detach().requires_grad_() for h in made)
+        hidden = _leaves(made)
+    for generator in generators:
+        noted(generator, [generator.head.name], {}, lambda g=generator: g(hidden, **batch))
     return {n: tuple(s) for n, s in feeds.items()}, hidden
 
 
-def _read(model: nn.Module, made: Iterable[Tensor], paths: Iterable[str]) -> tuple[str, ...]:
-    """Names of the parameters that tensors were made from, and of all in the modules that were to make them."""
-    behind = {id(v) for v in variables_behind(made)} | {
-        id(p) for path in paths for p in model.get_submodule(path).parameters()
-    }
-    return tuple(n for n, p in model.named_parameters() if id(p) in behind)
+def _leaves(made: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in made)
 
 
 def _divides(

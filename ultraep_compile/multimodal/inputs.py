@@ -110,7 +110,7 @@ def first_states(anatomy: Anatomy, batch: Mapping[str, Any], parts: Mapping[str,
         raise Left(next(x for x in pytree.tree_leaves((args, kwargs)) if is_state(x)))
 
     actions: dict[Any, Action] = {anatomy.part(p): a for p, a in parts.items()}
-    return run(anatomy.model, batch, actions | {anatomy.layers[0]: leave}, anatomy.around())[1]
+    return run(anatomy.model, batch, actions | {anatomy.layers[0]: leave})[1]
 
 
 def _runs_without(anatomy: Anatomy, batch: Mapping[str, Any], keys: tuple[str, ...]) -> bool:

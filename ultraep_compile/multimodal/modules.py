@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.absent import must_be_here, nothing_spoilt
 from ultraep_compile.multimodal.anatomy import Anatomy, Group, Head
 from ultraep_compile.multimodal.calls import Calls, answers
 from ultraep_compile.multimodal.division import SAMPLE
-from ultraep_compile.multimodal.skeleton import Action, Left, flatten, is_state, loss_of, run
+from ultraep_compile.multimodal.skeleton import Action, Left, flatten, holding_only, is_state, loss_of, run
 
 
 class PartModule(nn.Module):
@@ -24,8 +26,28 @@ class PartModule(nn.Module):
         object.__setattr__(self, "anatomy", anatomy)  # the model is no child: a part has not all of its parameters
         self.reads: tuple[str, ...] = ()
         """Names of the parameters; set once they are known."""
+        self._alone = False
 
     anatomy: Anatomy
+
+    def _run(self, inputs: Mapping[str, Any], actions: Mapping[Any, Action]) -> tuple[bool, Any]:
+        """`run` of the model. Raises PartsError if a value that it hands over is made of what is not here."""
+        alone = holding_only(self.anatomy.model, self.reads) if self._alone else contextlib.nullcontext()
+        with nothing_spoilt() as spoilt, alone:
+            left, output = run(self.anatomy.model, inputs, actions)
+            handed_over = output if left else loss_of(output)
+            must_be_here(handed_over, "returns")
+            spoilt.must_not_show_in(handed_over)
+        return left, output
+
+    @contextlib.contextmanager
+    def without_other_weights(self) -> Iterator[None]:
+        """It runs meanwhile as on a rank that holds what it reads and nothing else."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -89,7 +111,8 @@ class EncoderModule(PartModule):
             raise Left(None)
 
         actions: dict[Any, Action] = {anatomy.part(p): kept(p) for p in group.paths}
-        run(anatomy.model, item, actions | {anatomy.layers[0]: leave}, anatomy.around())
+        self._run(item, actions | {anatomy.layers[0]: leave})
+        must_be_here(made, "returns")
         if not wanted <= {p for p, _ in made}:
             raise PartsError(
                 f"{group.name} did not run on an item with {sorted(item)}; it needs {', '.join(group.keys)}"
@@ -129,7 +152,7 @@ class StageModule(PartModule):
             actions[anatomy.layers[self.last - 1]] = self._last_own
         else:
             actions |= {anatomy.part(h.name): _states_of(h, states) for h in anatomy.heads}
-        left, output = run(anatomy.model, inputs, actions, anatomy.around())
+        left, output = self._run(inputs, actions)
         if left:
             return output
         if not self.is_last:
@@ -213,7 +236,7 @@ class GeneratorModule(PartModule):
         actions |= {anatomy.part(h.name): _states_of(h, {}) for h in anatomy.heads}
         actions |= {layer: self._silent_layer(i) for i, layer in enumerate(anatomy.layers)}
         actions[anatomy.part(self.head.name)] = generate
-        return run(anatomy.model, inputs, actions, anatomy.around())
+        return self._run(inputs, actions)
 
     def _silent_layer(self, index: int) -> Action:
         leaves, spec = self.anatomy.outputs[index]

@@ -144,7 +144,7 @@ def find_parts(
         PartsError: no multimodal part, more stages than layers, a loss that is no mean over tokens, or values that go
           around a cut, so that the parts do not compute what the model does.
     """
-    with nothing_silent(model), nothing_random(model, batch):
+    with nothing_silent(model), nothing_random(model, batch), untouched(model):
         return _find_parts(model, batch, stages, costs, loss_tokens, check)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.multimodal.absent import Absent
 from ultraep_compile.preparation import untouched
 
 Call = Callable[..., Any]
@@ -60,29 +62,54 @@ def taken_over(actions: Mapping[nn.Module, Action]) -> Iterator[None]:
             module.__dict__.pop("_taken_over", None)
 
 
-@contextlib.contextmanager
-def without_weights(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Meta parameters are zeros without memory meanwhile.
+Place = tuple[dict[str, Any], str, nn.Parameter, Absent]
+"""A module's parameters, a name among them, what stands there, and what stands for it while it is not here."""
+_gone: weakref.WeakKeyDictionary[nn.Module, tuple[torch.device, list[Place]]] = weakref.WeakKeyDictionary()
 
-    What stands around a stage (embeddings, heads of other stages) runs for the shapes it makes, though its weights may be gone.
-    """
-    gone = [(m, n, p) for m in modules for n, p in m._parameters.items() if p is not None and p.is_meta]
+
+def _places(model: nn.Module, device: torch.device | None, gone: Callable[[nn.Parameter], bool]) -> list[Place]:
+    """Where parameters stand that are gone, with an absent one for each."""
+    made: dict[int, Absent] = {}
+    found = []
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None and gone(p):
+                if id(p) not in made:
+                    full = f"{path}.{name}" if path else name
+                    made[id(p)] = Absent(p.shape, p.dtype, device or p.device, [full])
+                found.append((module._parameters, name, p, made[id(p)]))
+    return found
+
+
+@contextlib.contextmanager
+def _absent(places: list[Place]) -> Iterator[None]:
     try:
-        for module, name, p in gone:
-            like = torch.empty((), dtype=p.dtype, device=device)
-            module._parameters[name] = nn.Parameter(hollow(tuple(p.shape), like), requires_grad=False)
+        for parameters, name, _, absent in places:
+            parameters[name] = absent
         yield
     finally:
-        for module, name, p in gone:
-            module._parameters[name] = p
+        for parameters, name, p, _ in places:
+            parameters[name] = p
 
 
-def run(
-    model: nn.Module, inputs: Mapping[str, Any], actions: Mapping[nn.Module, Action], around: Iterable[nn.Module] = ()
-) -> tuple[bool, Any]:
-    """(left early, value) of one forward. `around`: modules that may run without weights."""
+def without_weights(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Meta parameters are absent meanwhile: what stands around a stage runs for the shapes it makes, though its weights may be gone."""
+    known = _gone.get(model)
+    if known is None or not known[1] or known[0] != device or any(d.get(n) is not p for d, n, p, _ in known[1]):
+        known = _gone[model] = (device, _places(model, device, lambda p: p.is_meta))
+    return _absent(known[1])
+
+
+def holding_only(model: nn.Module, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+    """All parameters but these are absent meanwhile, as on a rank that holds no more."""
+    held = {id(model.get_parameter(name)) for name in names}
+    return _absent(_places(model, None, lambda p: id(p) not in held and not p.is_meta))
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any], actions: Mapping[nn.Module, Action]) -> tuple[bool, Any]:
+    """(left early, value) of one forward; parameters on the meta device may be missing where nothing depends on them."""
     device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
-    with taken_over(actions), without_weights(around, device):
+    with taken_over(actions), without_weights(model, device):
         try:
             return False, model(**inputs)
         except Left as left:
@@ -118,6 +145,9 @@ class Shape:
 
     def hollow(self) -> Tensor:
         return hollow(self.sizes, torch.empty((), dtype=self.dtype, device=self.device))
+
+    def absent(self, source: str) -> Tensor:
+        return Absent(self.sizes, self.dtype, self.device, [source])
 
 
 def loss_of(output: Any) -> Tensor:
