@@ -6,7 +6,6 @@ found here is raised by the compiled function itself, so that it arrives as our 
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import warnings
@@ -27,7 +26,7 @@ from ultraep_compile.passes.lift.called import is_divided
 from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
 from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
-from ultraep_compile.shadow import Shadow
+from ultraep_compile.shadow import Shadow, copied
 from ultraep_compile.telemetry.recorder import get_recorder
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def _is_sharded(gm: fx.GraphModule) -> bool:
 
 
 def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Compiled:
-    original = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if options.verify else None
+    original = copied(gm) if options.verify else None
     rewrite = Rewrite(options, refused=refused_inputs(gm, example_inputs), snapshots=[] if wants_snapshots() else None)
     gm = run_passes(gm, rewrite)
     add_report(GraphReport.of(gm, rewrite))

@@ -16,7 +16,7 @@ def differing_tokens(
     """Tokens whose rows differ by more than is allowed, how many of them had a choice that went to a copy, and each place's share.
 
     Args:
-        ours, theirs: the layer's output in both graphs, [T, D] or [batch, length, D].
+        ours, theirs: the layer's output in both graphs, [T, D], [batch, length, D], or before the sum over choices [T*K, D].
         physical_TK, slot_expert_RS, counts_RE: the layer's routing, plan and loads.
     Returns: JSON, with a `text` for people; empty text where outputs are no rows of tokens.
     """
@@ -24,7 +24,8 @@ def differing_tokens(
     loads = {"rows_by_rank": counts_RE.sum(1).tolist(), "rows_by_expert": counts_RE.sum(0).tolist()}
     found: dict[str, Any] = {**loads, "copies": slot_expert_RS.tolist()}
     tokens = physical_TK.shape[0]
-    if ours.numel() == 0 or ours.numel() % tokens or ours.numel() // ours.shape[-1] != tokens:
+    rows = ours.numel() // max(ours.shape[-1], 1) if ours.dim() else 0
+    if ours.numel() == 0 or rows not in (tokens, physical_TK.numel()):
         return {**found, "text": "its output has no row for each token"}
     mine, right = (t.detach().double().reshape(tokens, -1) for t in (ours, theirs))
     differs = (mine - right).norm(dim=1) > allowed * right.norm(dim=1).clamp_min(1e-30)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.errors import TopologyError
 
+Value = TypeVar("Value")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -74,3 +77,13 @@ def weights_must_be_alike(layer: str, group: str, params: list[Tensor]) -> None:
             "they should be the same, load the same weights on all ranks, or call shard_experts."
         )
     _compared.add(what)
+
+
+def from_all_ranks(group: str, value: Value) -> list[Value]:
+    """Every rank's value, in rank order, on all of them; the value alone without a group. All ranks must come here together."""
+    if not group:
+        return [value]
+    ranks = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
+    every = [value] * dist.get_world_size(ranks)
+    dist.all_gather_object(every, value, group=ranks)
+    return every
