@@ -10,6 +10,7 @@ from tests.multimodal import handwritten
 from tests.multimodal.test_families import assert_same
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.parts import find_parts
+from ultraep_compile.multimodal.skeleton import taken_over
 
 KNOWN = {
     "prefix": (["eye"], ["bridge"], ["trunk"], {"eye": (0,)}, {"table.weight": (0, 2)}),
@@ -38,6 +39,28 @@ def test_layers_that_are_wrapped(how):
         layer.compile(backend="eager")
     parts = find_parts(model, batch, 2)
     assert_same(parts, parts.microbatches(batch, 2))
+
+
+def test_taking_over_changes_calls_only():
+    """Libraries wrap what a subclass inherits as soon as it is made; recomputation would then meet another forward."""
+
+    class Layer(torch.nn.Module):
+        def __init_subclass__(cls, **kwargs):
+            super().__init_subclass__(**kwargs)
+            inner = cls.forward
+            cls.forward = lambda self, *a: inner(self, *a)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def forward(self, x):
+            return x + 1
+
+    class Block(Layer):
+        pass
+
+    block, before = Block(), Block.forward
+    with taken_over({block: lambda own, args, kwargs: own(*args) * 2}):
+        assert type(block) is not Block and type(block).forward is before
+        assert float(block(torch.ones(()))) == 4
+    assert type(block) is Block
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])

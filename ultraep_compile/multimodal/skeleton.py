@@ -42,9 +42,13 @@ def _watched(kind: type) -> type:
         return self.__dict__["_taken_over"](own, args, kwargs)
 
     # the same names: libraries keep registries by them
-    return type(
-        kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    )
+    own = {"__call__": __call__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    made = type(kind.__name__, (kind,), own)
+    # Only calls differ. What `__init_subclass__` put in besides must not: transformers wraps each class's forward so that
+    # the outermost one checkpoints, and by the time that backward recomputes, the module is of its own class again.
+    for name in [n for n in vars(made) if n not in own and not n.startswith("__")]:
+        delattr(made, name)
+    return made
 
 
 @contextlib.contextmanager
