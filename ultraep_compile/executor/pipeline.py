@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,8 @@ from ultraep_compile.executor.costs import (
 from ultraep_compile.executor.follow import Structure, check_names, modes, sharded_stay, ties_of
 from ultraep_compile.executor.holdings import Holdings, gather_state, holdings, let_go, names_of, part_names
 from ultraep_compile.executor.memory import Meter
-from ultraep_compile.executor.program import Program, check_fits, program_of
+from ultraep_compile.executor.planning import Planner
+from ultraep_compile.executor.program import Program
 from ultraep_compile.executor.run import Clock, StepRun, Units
 from ultraep_compile.executor.settings import Settings
 from ultraep_compile.executor.story import describe
@@ -42,10 +42,9 @@ from ultraep_compile.executor.units import EncoderUnit, GeneratorUnit, StageUnit
 from ultraep_compile.multimodal.modules import StageModule
 from ultraep_compile.multimodal.parts import Microbatch, Parts, find_parts
 from ultraep_compile.preparation import prepare
-from ultraep_compile.schedules import Problem, Schedule, plan
+from ultraep_compile.schedules import Problem, Schedule
 from ultraep_compile.schedules.simulate import Timeline
 
-_PLANS = 32  # kept at once
 _MEASURED_STEP = 2  # whose times become the rates; the first warms up
 MOST_METRICS = 32  # that a last stage may return
 
@@ -161,7 +160,7 @@ class Pipeline:
         self.program: Program | None = None
         self.timeline: Timeline | None = None  # of the last step, in seconds, of all ranks, if traced
         self.predicted: Timeline | None = None  # the same schedule, played at the mean rates of that step
-        self._programs: OrderedDict[Problem, Program] = OrderedDict()
+        self.planner = Planner(settings, self.rank)
 
     def _units(self) -> Units:
         device, meter, parts = self.device, self.meter, self.parts
@@ -256,30 +255,40 @@ class Pipeline:
         loss, metrics = self._share(outcome.loss, outcome.metrics)
         return StepResult(loss, metrics, dict(self.meter.peak))
 
+    def prepare(self, batch: Mapping[str, Any]) -> None:
+        """Plan the step of a batch in the background, beside the step that runs; `step` then finds the plan made.
+
+        Every rank prepares the same batches in the same order, or none. Collective where pipelines stand side by side.
+        A plan made so is searched for longer than one that a step must wait for. Raises: PartsError, PipelineError.
+        """
+        self.planner.prepare(self.problem(batch))
+
+    def ahead(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """The batches of a loader, each prepared while the one before it is trained on.
+
+            for batch in pipe.ahead(loader):
+                pipe.step(batch)
+        """
+        current: Mapping[str, Any] | None = None
+        for batch in batches:
+            self.prepare(batch)
+            if current is not None:
+                yield current
+            current = batch
+        if current is not None:
+            yield current
+
     def _program_for(self, microbatches: Sequence[Microbatch], batch: Mapping[str, Any]) -> Program:
         """The plan of this batch, made here and equal everywhere; made anew only if the batch's costs are."""
-        settings = self.settings
-        if len(microbatches) != settings.microbatches:
-            raise PipelineError(
-                f"The batch was cut into {len(microbatches)} microbatches, not {settings.microbatches}."
-            )
-        problem = self._problem(microbatches)
-        program = self._programs.get(problem)
-        if program is None:
-            if settings.schedule is not None:
-                check_fits(settings.schedule, problem)
-                schedule = settings.schedule
-            else:
-                group = settings.generator_group or (1 if settings.generator == "split" else 0)
-                schedule = plan(problem, settings.method, settings.base, settings.encoder_memory, group)
-                check_fits(schedule, problem)
-            program = self._programs[problem] = program_of(schedule, self.rank)
-            if len(self._programs) > _PLANS:
-                self._programs.popitem(last=False)
+        program = self.planner.program(self._problem(microbatches))
         self._agree(program, batch)
         return program
 
     def _problem(self, microbatches: Sequence[Microbatch]) -> Problem:
+        if len(microbatches) != self.settings.microbatches:
+            raise PipelineError(
+                f"The batch was cut into {len(microbatches)} microbatches, not {self.settings.microbatches}."
+            )
         means: list[float] | None = None
         if self.outer_groups:
             told = digest_of(self._trained) % 2**20  # small, so that sums of squares over all pipelines are exact

@@ -55,13 +55,15 @@ def plan(
     base: str = "1f1b",
     memory: float | None = None,
     generator_group: int = 0,
+    thorough: bool = True,
 ) -> Schedule:
     """The schedule of a problem by a method. `memory`: encoder microbatches that a rank may hold (nested
-    only; None: the fewest). Equal problems give equal schedules, so that every rank can plan for itself."""
+    only; None: the fewest). Equal problems give equal schedules, so that every rank can plan for itself.
+    `thorough`: search for the best use of the memory given; else only where the rule alone finds nothing."""
     if method not in METHODS:
         raise ScheduleError(f"There is no method {method!r}. {nearest(method, METHODS)}")
     if method == "nested":
-        return plan_nested(problem, Rule(base=base, memory=memory, generator_group=generator_group))
+        return plan_nested(problem, Rule(base=base, memory=memory, generator_group=generator_group), thorough)
     return BASELINES[method](problem, base)
 
 
@@ -71,7 +73,7 @@ def plan_many(problems: Iterable[Problem], **choices) -> list[Schedule]:
 
 
 @without_collection
-def plan_nested(problem: Problem, rule: Rule) -> Schedule:
+def plan_nested(problem: Problem, rule: Rule, thorough: bool = True) -> Schedule:
     """The best of a few nested schedules within rule.memory: the fastest; where items make memory uneven, the
     one that holds least beyond 1.8 c mean microbatches among those that are as fast as unlimited memory would
     be."""
@@ -92,12 +94,13 @@ def plan_nested(problem: Problem, rule: Rule) -> Schedule:
         if tried.attempts:
             _vary_depths(problem, rule, tried)
         elif tried.least < math.inf:
-            _hold_less(problem, rule, tried)
-        if rule.memory is not None and tried.attempts:
+            _hold_less(problem, rule, tried, thorough)
+        if rule.memory is not None and tried.attempts and thorough:
             _hold_more(problem, rule, tried)
     if tried.attempts and not _is_plain(problem, rule) and tried.best().makespan > _colocated_work(problem):
         _beat_colocation(problem, rule, tried)
-    _compete(problem, rule, tried)
+    if thorough or not tried.attempts:
+        _compete(problem, rule, tried)
     best = tried.best()
     return renamed(best.schedule, best.order) if best.order else best.schedule
 
@@ -138,7 +141,7 @@ def _vary_depths(problem: Problem, rule: Rule, tried: _Tried) -> None:
             tried.attempt(replace(best.rule, fill=fill, drain=drain), best.order)
 
 
-def _hold_less(problem: Problem, rule: Rule, tried: _Tried) -> None:
+def _hold_less(problem: Problem, rule: Rule, tried: _Tried, thorough: bool) -> None:
     """Items in uneven amounts, of which c groups exceed the memory: groups of equal work, dealt by what the ranks still
     hold, in ever smaller portions."""
     p = problem.ranks
@@ -148,6 +151,8 @@ def _hold_less(problem: Problem, rule: Rule, tried: _Tried) -> None:
                 for fill in (None, 0):
                     tight = replace(rule, family=family, ahead=ahead, encoder_group=size, level=True, fill=fill)
                     tried.attempt(tight, order)
+                    if tried.attempts and not thorough:
+                        return
         if tried.attempts:
             return
 
