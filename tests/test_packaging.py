@@ -93,3 +93,13 @@ def test_importing_it_does_not_import_torch() -> None:
 def test_doctor_runs_as_a_module(tmp_path: Path) -> None:
     facts = json.loads(run("-m", "ultraep_compile", "doctor", "--json", folder=tmp_path, path=ROOT))
     assert facts["versions"]["torch"] and facts["verdicts"]
+
+
+def test_untested_versions_are_said_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ultraep_compile import versions
+
+    for version, known in {"2.11.0": True, "2.15.1+cpu": True, "2.10.9": False, "3.0.0a0+git1": False}.items():
+        monkeypatch.setattr(versions, "installed", lambda package, v=version: v if package == "torch" else None)
+        said = versions.untested.__wrapped__()
+        assert bool(said) is not known, version
+        assert known or (version in said[0] and "verify" in said[0])

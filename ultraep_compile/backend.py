@@ -28,6 +28,7 @@ from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
 from ultraep_compile.shadow import Shadow, copied
 from ultraep_compile.telemetry.recorder import get_recorder
+from ultraep_compile.versions import untested
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
     original = copied(gm) if options.verify else None
     rewrite = Rewrite(options, refused=refused_inputs(gm, example_inputs), snapshots=[] if wants_snapshots() else None)
     gm = run_passes(gm, rewrite)
+    for sentence in untested() if rewrite.prepared else ():
+        warn_once(f"ultraep: {sentence}")
     add_report(GraphReport.of(gm, rewrite))
     _check_count(rewrite)
     _say_what_is_missing(rewrite)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import json as jsonlib
 import platform
 from typing import Annotated, Any
 
 import typer
+
+from ultraep_compile.versions import installed, untested
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "networkx", "sympy", "plotly", "hypothesis")
 
@@ -16,12 +18,7 @@ def examine() -> dict[str, Any]:
     """Versions, devices, peer access and what they mean for us, as plain data."""
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = {name: installed(name) for name in PACKAGES}
     devices, peers = [], []
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
@@ -49,6 +46,7 @@ def examine() -> dict[str, Any]:
             "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
             "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
         },
+        "untested": list(untested()),
         "backend_registered": "ultraep" in torch._dynamo.list_backends(exclude_tags=None),
     }
 
@@ -82,6 +80,7 @@ def verdicts(facts: dict[str, Any]) -> list[str]:
     out.append(
         f"several processes: collectives over {' or '.join(available) or 'nothing: torch.distributed is missing'}."
     )
+    out += facts["untested"]
     if facts["versions"]["transformers"] is None:
         out.append("transformers is missing: `ultraep-compile demo` needs it (pip install 'ultraep-compile[hf]').")
     return out
