@@ -8,9 +8,12 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ultraep_compile.errors import ArgumentError
+from ultraep_compile.exchange import at, line_named, line_of
+from ultraep_compile.exchange.distributed_tensors import over_mesh
 from ultraep_compile.ops.expert_tensor import ExpertTensor
 
 
@@ -34,9 +37,10 @@ def clip_grad_norm_(
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     group, counted = _pipeline_of(parameters)
-    total = _norm(counted, norm_type, parameters)
-    if group is not None:
-        total = _over_pipeline(total, group, norm_type)
+    with at(phase="optimizer"):
+        total = _norm(counted, norm_type, parameters)
+        if group is not None:
+            total = _over_pipeline(total, group, norm_type)
     if error_if_nonfinite:
         torch.nn.utils.get_total_norm([total], norm_type, error_if_nonfinite=True)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
@@ -72,12 +76,12 @@ def _norm(grads: list[Tensor], norm_type: float, parameters: list[Tensor]) -> Te
 
 def _over_pipeline(norm: Tensor, group: dist.ProcessGroup, norm_type: float) -> Tensor:
     """The norm of all ranks' gradients from the norm of each rank's."""
-    norm = norm.double().clone()
+    norm, line = norm.double().clone(), line_of(group)
     if norm_type == float("inf"):
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
+        line.all_reduce(norm, "the norm of all gradients", dist.ReduceOp.MAX)
         return norm.float()
     norm = norm**norm_type
-    dist.all_reduce(norm, group=group)
+    line.all_reduce(norm, "the norm of all gradients")
     return (norm ** (1.0 / norm_type)).float()
 
 
@@ -92,9 +96,15 @@ def _norm_over(where: object, grads: list[Tensor], norm_type: float) -> Tensor:
     if isinstance(where, str):
         mine = [g.to_local() for g in grads if g.to_local().numel()]  # pyright: ignore[reportAttributeAccessIssue]
         norm = torch.nn.utils.get_total_norm(mine, norm_type).to(grads[0].device).reshape(1)
-        group = dist.distributed_c10d._resolve_process_group(where)  # pyright: ignore
-        norms = [torch.empty_like(norm) for _ in range(group.size())]
-        dist.all_gather(norms, norm, group=group)
-        return torch.nn.utils.get_total_norm(norms, norm_type)
-    norm = torch.nn.utils.get_total_norm(grads, norm_type)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        line = line_named(where)
+        norms = norm.new_empty(line.size)
+        line.all_gather(norms, norm, "the norms of all experts' gradients")
+        return torch.nn.utils.get_total_norm(list(norms), norm_type)
+    if not isinstance(where, DeviceMesh):
+        return torch.nn.utils.get_total_norm(grads, norm_type)
+
+    def total() -> Tensor:
+        norm = torch.nn.utils.get_total_norm(grads, norm_type)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    return over_mesh(where, total, "the norm of all gradients")

@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ultraep_compile.errors import ArgumentError, ShardingError, need_model
+from ultraep_compile.exchange import at, failing
+from ultraep_compile.exchange.distributed_tensors import whole
 from ultraep_compile.ladder.divided import Division, division_of
 from ultraep_compile.ladder.install import LayerFacts, lifted_layer
 from ultraep_compile.ops.expert_tensor import follow_optimizers, own
@@ -269,12 +271,13 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: dic
     rank 0 writes.
     """
     writes = dist.get_rank() == 0
-    whole: dict[str, Tensor] = {}
-    for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
-        value = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-        if writes:
-            whole[name] = value
-    return type(self).save_pretrained(self, save_directory, *args, state_dict=whole, **kwargs)
+    gathered: dict[str, Tensor] = {}
+    with at(phase="save"), failing():
+        for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
+            value = whole(tensor, f"the whole of {name}")
+            if writes:
+                gathered[name] = value.cpu() if isinstance(tensor, DTensor) else value
+        return type(self).save_pretrained(self, save_directory, *args, state_dict=gathered, **kwargs)
 
 
 def _refuse_unregistered(name: str, module: nn.Module, experts: int) -> None:

@@ -5,8 +5,8 @@ through the group's NCCL. Every wait has a deadline and notices a rank that has 
 raises `PeerTimeoutError` on every rank that takes part, with the place in the program and the ranks that are missing.
 """
 
-from ultraep_compile.exchange.line import DEADLINE_S, Line, line_of
+from ultraep_compile.exchange.line import DEADLINE_S, Line, line_named, line_of
 from ultraep_compile.exchange.place import Place, at, here
 from ultraep_compile.exchange.watchdog import Failure, failing, watchdog
 
-__all__ = ["DEADLINE_S", "Failure", "Line", "Place", "at", "failing", "here", "line_of", "watchdog"]
+__all__ = ["DEADLINE_S", "Failure", "Line", "Place", "at", "failing", "here", "line_named", "line_of", "watchdog"]

@@ -121,7 +121,7 @@ class Line:
         if len(set(wanted)) > 1:
             places = "; ".join(f"rank {self.ranks[r]} to {w}" for r, w in enumerate(wanted[:8]))
             text = f"the ranks have come to different exchanges: {places}"
-            self._fail(what, 0.0, Failure(tuple(self.ranks), text))
+            self.fail(what, 0.0, Failure(tuple(self.ranks), text))
         sizes = [int.from_bytes(bytes(h[:8].tolist()), "little") for h in headers]
         rows = data.new_zeros(self.size, max(sizes))
         self._gather_bytes(rows.view(-1), torch.cat([data, data.new_zeros(max(sizes) - len(data))]), what, "control")
@@ -136,6 +136,23 @@ class Line:
         if len(mine):
             options = self._limit(c10d.AllgatherOptions())  # pyright: ignore[reportPrivateImportUsage]
             self._run(lambda c: c._allgather_base(out, mine, options), what, channel)
+
+    def guard(self, call: Callable[[], T], what: str) -> T:
+        """The result of a call in which torch itself exchanges over the group (a `DTensor`'s `full_tensor`): made by another
+        thread, which a rank that is gone may hold up until the group's own limit, but not this one."""
+        if self.size == 1:
+            return call()
+        self._check(what)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def on_this_device() -> T:
+            if device is not None:
+                torch.cuda.set_device(device)
+            with torch.set_grad_enabled(graded):
+                return call()
+
+        graded = torch.is_grad_enabled()
+        return self._wait(self._elsewhere(on_this_device), what)
 
     # ---- messages from rank to rank
 
@@ -202,7 +219,7 @@ class Line:
                     return
                 except RuntimeError as error:
                     if work.is_completed():
-                        self._fail(what, time.monotonic() - began, cause=error)
+                        self.fail(what, time.monotonic() - began, cause=error)
                 self._look(what, began)
 
     def _message(self, start: Callable[[Any], Any], what: str, channel: str) -> Any:
@@ -210,7 +227,7 @@ class Line:
         try:
             return start(connection)
         except RuntimeError as error:
-            self._fail(what, 0.0, cause=error)
+            self.fail(what, 0.0, cause=error)
 
     def _wait(self, result: Future[T], what: str) -> T:
         """What another thread is to bring."""
@@ -221,28 +238,30 @@ class Line:
                     return result.result(_SLICE_S)
                 except FutureTimeout as error:
                     if result.done():
-                        self._fail(what, time.monotonic() - began, cause=error)
+                        self.fail(what, time.monotonic() - began, cause=error)
                 except RuntimeError as error:
-                    self._fail(what, time.monotonic() - began, cause=error)
+                    self.fail(what, time.monotonic() - began, cause=error)
                 self._look(what, began)
 
     def _look(self, what: str, began: float) -> None:
         """End a wait that has no use any more."""
         waited = time.monotonic() - began
         if self.watchdog.heard is not None or self.epoch != self.watchdog.epoch or waited > self.deadline:
-            self._fail(what, waited)
+            self.fail(what, waited)
 
     def _check(self, what: str) -> None:
         """Raise what this process has heard since its last exchange."""
         self.epoch = self.watchdog.epoch
         if self.watchdog.heard is not None:
-            self._fail(what, 0.0)
+            self.fail(what, 0.0)
 
-    def _fail(
+    def fail(
         self, what: str, waited: float, failure: Failure | None = None, cause: BaseException | None = None
     ) -> NoReturn:
-        failure = failure or self.watchdog.report(self.ranks, self.epoch, waited)
-        self.watchdog.give_up(self.epoch)
+        """Raise `PeerTimeoutError` for a wait that failed, once it is known who is missing; connections are closed."""
+        epoch = self.epoch if self.watchdog.heard is None else self.watchdog.epoch
+        failure = failure or self.watchdog.report(self.ranks, epoch, waited)
+        self.watchdog.give_up(epoch)
         raise lost(failure, what, waited, self.deadline) from cause
 
     def _elsewhere(self, call: Callable[[], T]) -> Future[T]:
@@ -320,6 +339,11 @@ class _Aside:
 def _bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor as bytes: gloo copies only some types."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def line_named(group: str) -> Line:
+    """The line of the group of that name."""
+    return line_of(c10d._resolve_process_group(group))  # pyright: ignore
 
 
 _lines: dict[dist.ProcessGroup, Line] = {}

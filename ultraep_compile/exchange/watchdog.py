@@ -314,6 +314,10 @@ def _tell_what_ends_the_process() -> None:
 
 def lost(failure: Failure, what: str, waited: float, deadline: float) -> PeerTimeoutError:
     """The error that a rank raises for a failure."""
-    error = PeerTimeoutError(failure.message(what, waited, deadline))
+    return told(PeerTimeoutError(failure.message(what, waited, deadline)))
+
+
+def told(error: PeerTimeoutError) -> PeerTimeoutError:
+    """The error, marked as one that other ranks know of already."""
     error._told = True  # pyright: ignore[reportAttributeAccessIssue]
     return error

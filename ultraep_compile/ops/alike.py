@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.errors import TopologyError
+from ultraep_compile.exchange import line_named
 
 Value = TypeVar("Value")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,11 +64,8 @@ def weights_must_be_alike(layer: str, group: str, params: list[Tensor]) -> None:
     what = (layer, group, *(p.shape for p in params))
     if what in _compared or not params:
         return
-    mine = torch.stack([digest(p) for p in params])
-    ranks = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather(every, mine, group=ranks)
-    digests = [tuple(each.tolist()) for each in every]
+    mine = tuple(torch.stack([digest(p) for p in params]).tolist())
+    digests = line_named(group).gather_objects(mine, "digests of all ranks' weights")
     if len(set(digests)) > 1:
         other = next(r for r, d in enumerate(digests) if d != digests[0])
         raise TopologyError(

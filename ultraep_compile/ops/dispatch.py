@@ -108,7 +108,7 @@ class Round:
         """
         travelling = source[self.own_pairs // divisor if divisor > 1 else self.own_pairs]
         if isinstance(self.transport, CollectiveTransport):
-            travelling = self.transport.all_to_all(travelling, self.send, self.receive)
+            travelling = self.transport.all_to_all(travelling, self.send, self.receive, "rows on their way to experts")
         buffer = source.new_zeros(self.rows, *source.shape[1:])
         buffer[self.arrived_rows] = travelling
         if not is_gradient:
@@ -119,7 +119,7 @@ class Round:
         """Write every travelling pair's row of the buffer into `out` [T*K, D]."""
         travelling = buffer[self.arrived_rows]
         if isinstance(self.transport, CollectiveTransport):
-            travelling = self.transport.all_to_all(travelling, self.receive, self.send)
+            travelling = self.transport.all_to_all(travelling, self.receive, self.send, "rows on their way back")
         out[self.own_pairs] = travelling
 
 

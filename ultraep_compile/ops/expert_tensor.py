@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.exchange import line_named
+
 _SUBCLASSES_DISPATCH = torch.__version__ >= "2.13"
 """Does torch come to `__torch_dispatch__` for kinds of `DTensor`? 2.11 does not: what Python calls is marked there instead."""
 
@@ -66,11 +68,11 @@ class ExpertTensor(DTensor):
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The value, on every rank of the group; all of them must call this."""
-        group = dist.distributed_c10d._resolve_process_group(vars(self)["_expert_group"])  # pyright: ignore
+        line = line_named(vars(self)["_expert_group"])
         out = torch.empty(self.shape, dtype=self.dtype, device=self.to_local().device)
         if dist.get_rank() == self.owner:
             out.copy_(self.to_local().detach())
-        dist.broadcast(out, self.owner, group=group)
+        line.broadcast(out, line.ranks.index(self.owner), "an expert's whole weights")
         return out
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **_: Any) -> DTensor:

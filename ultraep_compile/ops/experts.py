@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ultraep_compile.exchange import at
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.alike import weights_must_be_alike
 from ultraep_compile.ops.derivatives import only_first_derivatives
@@ -161,12 +162,22 @@ def experts(
         symmetric transport notes of its rounds.
     """
     site = _sites[site_key]
+    with at(site.name, "recomputation" if watch.in_backward() else "forward"):
+        return _forward(
+            site, site_key, hidden, weight, (physical_TK, slot_expert_RS, shares_RP), params, consts
+        )
+
+
+def _forward(
+    site: ExpertSite, site_key: str, hidden: Tensor, weight: Tensor | None, plan: tuple[Tensor, Tensor, Tensor],
+    params: list[Tensor], consts: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    physical_TK, slot_expert_RS, shares_RP = plan
     if site.group and not site.sharded:
         weights_must_be_alike(site.name, site.group, params)
     if isinstance(site.transport, SymmetricTransport):
         from ultraep_compile.ops import symmetric
 
-        plan = (physical_TK, slot_expert_RS, shares_RP)
         return symmetric.forward(site, hidden, weight, *plan, params, consts, _static_rows(site, physical_TK))
     call = _Call.of(site, physical_TK, shares_RP)
     watch.in_rounds(site_key, call.rounds)
@@ -223,11 +234,19 @@ def experts_backward(
     site_key: str,
 ) -> list[Tensor]:
     """Gradients [hidden, weight (if given), *params, *consts] of `experts`."""
-    site = _sites[site_key]
+    site, plan = _sites[site_key], (physical_TK, slot_expert_RS, shares_RP)
+    with at(site.name, "backward"):
+        return _gradients(site, site_key, grad_y, hidden, weight, plan, params, consts, facts, kept)
+
+
+def _gradients(
+    site: ExpertSite, site_key: str, grad_y: Tensor, hidden: Tensor, weight: Tensor | None,
+    plan: tuple[Tensor, Tensor, Tensor], params: list[Tensor], consts: list[Tensor], facts: Tensor, kept: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    physical_TK, slot_expert_RS, shares_RP = plan
     if isinstance(site.transport, SymmetricTransport):
         from ultraep_compile.ops import symmetric
 
-        plan = (physical_TK, slot_expert_RS, shares_RP)
         return symmetric.backward(site, grad_y, hidden, weight, *plan, params, consts, facts, kept)
     choices = physical_TK.shape[1]
     call = _Call.of(site, physical_TK, shares_RP)

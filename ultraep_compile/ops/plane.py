@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.codegen.bundle import Bundle, Part
+from ultraep_compile.exchange import line_of
 from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.symmetric import Region, SymmetricPool, control, open_pool
@@ -91,7 +92,7 @@ class Plane:
         """Replace the memory by larger one; all ranks, at the same point of the program."""
         if self.geometry.device.type == "cuda":
             torch.cuda.synchronize(self.geometry.device)
-        dist.barrier(self.group)  # nobody reads the old memory any more
+        line_of(self.group).barrier("growing buffers")  # nobody reads the old memory any more
         self.pool.close()
         self.capacity = capacity
         self.pool = self._open()
@@ -157,9 +158,8 @@ def plane_for(geometry: Geometry, pairs: int) -> Plane:
     """The plane of a geometry; opened on first use, when `pairs` is what this rank has to send."""
     group = _resolve(geometry.group)
     plane = _planes.get(geometry)
-    if plane is None or plane.group is not group:
-        asked: list[int] = [0] * geometry.layout.ranks
-        dist.all_gather_object(asked, pairs, group=group)
+    if plane is None or plane.group is not group or plane.pool.outlived:
+        asked = line_of(group).gather_objects(pairs, "how large buffers must be")
         plane = Plane(geometry, group, geometry.layout.capacity(max(asked) * geometry.layout.ranks))
         _planes[geometry] = plane
     return plane
@@ -168,7 +168,7 @@ def plane_for(geometry: Geometry, pairs: int) -> Plane:
 def board_for(group_name: str, device: torch.device, experts: int, deadline_s: int) -> Board:
     group, key = _resolve(group_name), (group_name, device, experts)
     board = _boards.get(key)
-    if board is None or board.group is not group:
+    if board is None or board.group is not group or board.pool.outlived:
         board = _boards[key] = Board(group, device, experts, deadline_s)
     return board
 

@@ -8,15 +8,15 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.errors import OptionError, RoutingError
+from ultraep_compile.exchange import at, here, line_named
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
 from ultraep_compile.ops.padding import real_among
-from ultraep_compile.ops.transport import SymmetricTransport, Transport, transport_for
+from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, Transport, transport_for
 from ultraep_compile.planner import Plan, make_plan
 
 
@@ -35,13 +35,14 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
     started = time.perf_counter()
     transport = transport_for(ranks, group)
     scores = _to_be_judged(scores, ids)
-    if isinstance(transport, SymmetricTransport) and ids.is_cuda:
-        from ultraep_compile.codegen.count_kernels import expert_counts
+    with at(layer_name(site), "recomputation" if watch.in_backward() else "forward"):
+        if isinstance(transport, SymmetricTransport) and ids.is_cuda:
+            from ultraep_compile.codegen.count_kernels import expert_counts
 
-        check_later(ids, scores, experts, layer_name(site))
-        counts = transport.exchange_counts(expert_counts(ids, experts), layer_name(site))
-    else:
-        counts = _checked_counts(ids, scores, experts, transport, group, site)
+            check_later(ids, scores, experts, layer_name(site))
+            counts = transport.exchange_counts(expert_counts(ids, experts), layer_name(site))
+        else:
+            counts = _checked_counts(ids, scores, experts, transport, group, site)
     watch.add_time(site, "load", started)
     return counts
 
@@ -49,6 +50,8 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
 def _checked_counts(
     ids: Tensor, scores: Tensor | None, experts: int, transport: Transport | SymmetricTransport, group: str, site: str
 ) -> Tensor:
+    if isinstance(transport, CollectiveTransport):
+        transport.line.settle()  # before the host waits for what the device waits for
     fault = _score_fault(scores) or _id_fault(ids, experts)
     if fault is not None and not group:
         raise RoutingError(f"{layer_name(site)}: {fault.text(experts)}")
@@ -60,7 +63,7 @@ def _checked_counts(
         counts = torch.bincount(cell.flatten(), minlength=hosted * experts).view(hosted, experts).to(torch.int32)
     if not group:
         return transport.gather_counts(counts)
-    mine = [*(fault or Fault()).packed(), zlib.crc32(repr(_agreed.get(site)).encode()) >> 1]
+    mine = [*(fault or Fault()).packed(), zlib.crc32(repr(_alike(site)).encode()) >> 1]
     report = torch.tensor([mine], dtype=torch.int32, device=ids.device)
     packed = torch.cat([counts, report], 1)
     if isinstance(transport, SymmetricTransport):
@@ -83,11 +86,14 @@ def must_agree(site: str, **fields: object) -> None:
     _agreed[site] = {name: str(value) for name, value in fields.items()}
 
 
+def _alike(site: str) -> dict[str, str]:
+    """What must be the same on all ranks that exchange counts here: a rank that left out a layer is at another."""
+    return {**_agreed.get(site, {}), "the layer": layer_name(site), "the phase": here().phase}
+
+
 def _raise_disagreement(group: str, site: str) -> None:
     """All ranks come here together, since all have seen the same reports."""
-    ranks = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
-    every: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather_object(every, _agreed.get(site) or {}, group=ranks)
+    every = line_named(group).gather_objects(_alike(site), "what all ranks must have alike")
     names = [n for n in {n: None for fields in every for n in fields} if len({f.get(n) for f in every}) > 1]
     text = "; ".join(f"{n}: " + ", ".join(f"{f.get(n)} on rank {r}" for r, f in enumerate(every)) for n in names)
     raise OptionError(

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultraep_compile.exchange import DEADLINE_S as DEADLINE
+from ultraep_compile.exchange import Line, line_named, line_of
 from ultraep_compile.ops.layout import ExpertLayout, source_ranks
 
 
@@ -75,25 +77,30 @@ class CollectiveTransport:
     def hosted(self) -> range:
         return range(self.rank, self.rank + 1)
 
+    @property
+    def line(self) -> Line:
+        """What rows, weights and counts travel over, under the group's deadline."""
+        return line_of(self.group)
+
     def source_of_token(self, tokens: int, device: torch.device) -> Tensor:
         return torch.full((tokens,), self.rank, device=device, dtype=torch.int64)
 
     def gather_counts(self, counts_HE: Tensor) -> Tensor:
         """All ranks' rows: [1, E] on each -> [R, E] on all."""
         out = counts_HE.new_empty(self.ranks, *counts_HE.shape[1:])
-        self.all_gather(out, counts_HE)
+        self.all_gather(out, counts_HE, "all ranks' counts")
+        self.line.settle()
         return out
 
-    def all_gather(self, out: Tensor, part: Tensor) -> None:
+    def all_gather(self, out: Tensor, part: Tensor, what: str) -> None:
         """Every rank's `part`, in rank order along dim 0 of `out`."""
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-        gather(out, part.contiguous(), group=self.group)
+        self.line.all_gather(out, part, what)
 
-    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
         """Rows grouped by destination -> rows grouped by source; `send` and `receive` count rows per peer."""
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         if rows.shape[1:].numel():
-            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+            self.line.all_to_all(out, rows.contiguous(), receive, send, what)
         return out
 
     def _slot_traffic(self, slot_expert_RS: Tensor, layout: ExpertLayout) -> tuple[list[list[int]], list[list[int]]]:
@@ -118,7 +125,8 @@ class CollectiveTransport:
             return local.fill_slots(masters, slot_expert_RS[self.rank : self.rank + 1], layout)
         send, receive = self._slot_traffic(slot_expert_RS, layout)
         index = torch.tensor([e for row in send for e in row], dtype=torch.int64, device=masters.device)
-        arrived = self.all_to_all(masters.detach()[index], [len(r) for r in send], [len(r) for r in receive])
+        counts = [len(r) for r in send], [len(r) for r in receive]
+        arrived = self.all_to_all(masters.detach()[index], *counts, "copies of hot experts' weights")
         slots = masters.new_empty(layout.slots, *masters.shape[1:])
         slots[torch.tensor([s for row in receive for s in row], dtype=torch.int64, device=masters.device)] = arrived
         return slots
@@ -129,7 +137,8 @@ class CollectiveTransport:
         """Owners' gradients: own part first, then the copies by (host rank, slot), accumulated in fp32 or wider."""
         send, receive = self._slot_traffic(slot_expert_RS, layout)
         index = torch.tensor([s for row in receive for s in row], dtype=torch.int64, device=grad_slots.device)
-        arrived = self.all_to_all(grad_slots[index], [len(r) for r in receive], [len(r) for r in send])
+        counts = [len(r) for r in receive], [len(r) for r in send]
+        arrived = self.all_to_all(grad_slots[index], *counts, "gradients of copied experts")
         owner = torch.tensor([e for row in send for e in row], dtype=torch.int64, device=grad_slots.device)
         return add_in_order(grad_masters, arrived, owner.tolist())
 
@@ -154,7 +163,7 @@ Transport = VirtualTransport | CollectiveTransport
 
 
 TRANSPORTS = ("auto", "collective", "symmetric")
-DEADLINE_S = 300
+DEADLINE_S = int(DEADLINE)
 _chosen: dict[str, tuple[str, int]] = {}
 
 
@@ -163,6 +172,7 @@ def choose_transport(group: str, transport: str, deadline_s: int = DEADLINE_S) -
     if _chosen.get(group) != (transport, deadline_s):
         _chosen[group] = (transport, deadline_s)
         transport_for.cache_clear()
+    line_named(group).deadline = float(deadline_s)
 
 
 def deadline_of(group: str) -> int:
@@ -185,13 +195,13 @@ def transport_for(ranks: int, group: str) -> Transport:
 def memory_is_shared(group: dist.ProcessGroup) -> bool:
     """Can every rank's GPU address the memory of every other's? Every rank must ask, and all get the same answer."""
     mine = _reach()
-    all_of: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(all_of, mine, group=group)
-    if any(r is None for r in all_of) or len({r["host"] for r in all_of}) > 1:
+    all_of = line_of(group).gather_objects(mine, "which memory every rank reaches")
+    reach = [r for r in all_of if r is not None]
+    if len(reach) < len(all_of) or len({r["host"] for r in reach}) > 1:
         return False
-    used = [r["device"] for r in all_of]
+    used = [r["device"] for r in reach]
     doubled = len(set(used)) < len(used)
-    return all((not doubled or r["overlap"]) and set(used) <= set(r["reaches"]) for r in all_of)
+    return all((not doubled or r["overlap"]) and set(used) <= set(r["reaches"]) for r in reach)
 
 
 def _reach() -> dict | None:

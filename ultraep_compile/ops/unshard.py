@@ -20,7 +20,7 @@ def unshard(local: Tensor, rows: int, ranks: int, group: str) -> Tensor:
     transport = transport_for(ranks, group)
     assert isinstance(transport, CollectiveTransport)
     out = local.new_empty(rows, *local.shape[1:])
-    transport.all_gather(out, local)
+    transport.all_gather(out, local, "all ranks' experts")
     return out
 
 
@@ -36,7 +36,8 @@ def reshard_grad(grad: Tensor, ranks: int, group: str) -> Tensor:
     assert isinstance(transport, CollectiveTransport)
     parts = [p.contiguous() for p in grad.chunk(ranks)]
     # gloo has no reduce_scatter for every build: exchange the parts, then add them in rank order.
-    arrived = transport.all_to_all(torch.cat(parts), [p.shape[0] for p in parts], [parts[0].shape[0]] * ranks)
+    counts = [p.shape[0] for p in parts], [parts[0].shape[0]] * ranks
+    arrived = transport.all_to_all(torch.cat(parts), *counts, "gradients of all ranks' experts")
     wide = arrived.view(ranks, -1, *grad.shape[1:]).to(torch.promote_types(grad.dtype, torch.float32))
     return (wide.sum(0) / ranks).to(grad.dtype)
 

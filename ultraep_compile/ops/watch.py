@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ultraep_compile.exchange import line_named
 from ultraep_compile.ops.layout import ExpertLayout, physical_to_logical
 from ultraep_compile.ops.padding import real_among
 from ultraep_compile.telemetry.recorder import NOT_KEPT, Recorder
@@ -104,7 +104,7 @@ def rerouted(site: str, physical_TK: Tensor, layout: ExpertLayout, transport: Tr
         if padding_RP is None:
             padding_RP = realised.new_zeros(layout.ranks, layout.physical)
         both = torch.cat([realised.unsqueeze(0), padding_RP])
-        dist.all_reduce(both, group=dist.distributed_c10d._resolve_process_group(watch.group))  # pyright: ignore
+        line_named(watch.group).all_reduce(both, "the loads of a trace")
         realised, padding_RP = both[0], both[1:]
     if watch.recorder is None:
         return

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.errors import PoolError
+from ultraep_compile.exchange import Line, line_of
 from ultraep_compile.symmetric.pool import SymmetricPool, with_own_regions
 from ultraep_compile.symmetric.regions import ALIGNMENT, Region, compare, describe, lay_out
 
@@ -32,20 +33,19 @@ def open_pool(
     device = torch.device(device)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     named = with_own_regions(regions, ranks)
-    specs: list = [None] * ranks
-    dist.all_gather_object(specs, describe(named, device=device.type), group=group)
-    compare(specs)
+    line = line_of(group)
+    compare(line.gather_objects(describe(named, device=device.type), "opening symmetric memory"))
     places, size = lay_out(named)
     if device.type == "cuda":
         memory, keep = _symmetric_memory(size, group, device)
     elif device.type == "cpu":
-        memory, keep = _shared_files(size, group), None
+        memory, keep = _shared_files(size, line), None
     else:
         raise PoolError(f"No symmetric memory on {device.type!r} devices: use 'cuda' or 'cpu'.")
-    pool = SymmetricPool(rank, memory, places, deadline_s, keep)
+    pool = SymmetricPool(rank, memory, places, deadline_s, keep, line=line)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    dist.barrier(group)  # nobody writes to a peer before its control block is in place
+    line.barrier("opening symmetric memory")  # nobody writes to a peer before its control block is in place
     return pool
 
 
@@ -75,19 +75,18 @@ def _symmetric_memory(size: int, group: dist.ProcessGroup, device: torch.device)
     return memory, (mine, handle)
 
 
-def _shared_files(size: int, group: dist.ProcessGroup) -> list[Tensor]:
+def _shared_files(size: int, line: Line) -> list[Tensor]:
     """A file per rank, mapped by all and unlinked at once: nothing stays behind, even after a kill."""
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     descriptor, path = tempfile.mkstemp(prefix="ultraep-pool-", dir=folder)
     try:
         os.ftruncate(descriptor, size)
         os.close(descriptor)
-        paths: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(paths, path, group=group)
+        paths = line.gather_objects(path, "the files of shared memory")
         unseen = [rank for rank, p in enumerate(paths) if not os.path.exists(p)]
         if not unseen:
             memory = [torch.from_file(p, shared=True, size=size, dtype=torch.uint8) for p in paths]
-        dist.barrier(group)
+        line.barrier("mapping shared memory")
     finally:
         os.unlink(path)
     if unseen:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.errors import PeerTimeoutError, PoolError, nearest
+from ultraep_compile.exchange import Failure, Line
+from ultraep_compile.exchange.watchdog import told
 from ultraep_compile.symmetric import control
 from ultraep_compile.symmetric.regions import Place, Region, counters
+
+_LOOK_S = 0.02  # between two looks at what other ranks tell and whether they live
 
 
 def with_own_regions(regions: Mapping[str, Region], ranks: int) -> dict[str, Region]:
@@ -38,11 +42,15 @@ class SymmetricPool:
         deadline_s: float,
         keep: Any = None,
         virtual: bool = False,
+        line: Line | None = None,
     ) -> None:
         """`memory`: every rank's bytes as this process addresses them, zeroed; `keep`: whatever must live as long;
-        `virtual`: all ranks are in this process, one after the other on its stream."""
+        `virtual`: all ranks are in this process, one after the other on its stream; `line`: over which the ranks tell one
+        another of failures."""
         self.rank, self.ranks, self.device = rank, len(memory), memory[rank].device
-        self.deadline_s, self.virtual = deadline_s, virtual
+        self.deadline_s, self.virtual, self._line = deadline_s, virtual, line
+        self._epoch = line.watchdog.epoch if line is not None else 0
+        self._asked: Failure | None = None  # about this rank's failed wait
         self._places, self._memory, self._keep = places, list(memory), keep
         self._tables: dict[str, Tensor] = {}
         self._layers: list[str] = []
@@ -115,9 +123,14 @@ class SymmetricPool:
         mine[self.ranks :] = turn
         for peer in range(self.ranks):
             self.on_rank(control.BARRIER, peer)[self.rank] = turn
-        end = time.monotonic() + self.deadline_s
+        began = time.monotonic()
+        end, look = began + self.deadline_s, began + _LOOK_S
         while int((missing := mine[: self.ranks] < turn).sum()):
-            if time.monotonic() > end:
+            now = time.monotonic()
+            gone = False
+            if now > look:
+                gone, look = self._someone_is_gone(missing), now + _LOOK_S
+            if now > end or gone:
                 seen = mine[: self.ranks].tolist()
                 first = missing.nonzero()[0].item()
                 self._record[: control.SEEN_BY_RANK] = torch.tensor(
@@ -137,7 +150,34 @@ class SymmetricPool:
         if synchronize and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self._record[control.VALID]:
-            raise PeerTimeoutError(self._failure(self._record.tolist()))
+            raise self._lost()
+        if self._line is not None and self.outlived:
+            raise PoolError("The pool's ranks have failed since it was opened, and stand at different places: open a new one.")
+
+    @property
+    def outlived(self) -> bool:
+        """Whether the ranks have failed together since it was opened: their counts do not match any more."""
+        return self._line is not None and self._line.watchdog.epoch != self._epoch
+
+    def _someone_is_gone(self, missing: Tensor) -> bool:
+        """Whether a wait has no use any more: a rank that is missing has ended, or some rank has told of a failure."""
+        if self._line is None:
+            return False
+        watchdog = self._line.watchdog
+        if watchdog.heard is not None:
+            self._line.fail("a meeting in symmetric memory", 0.0)
+        ranks = [self._line.ranks[r] for r in missing.nonzero().flatten().tolist()]
+        return any(r in watchdog.processes and watchdog.processes[r].state() == "ended" for r in ranks)
+
+    def _lost(self) -> PeerTimeoutError:
+        """The error of this rank's failed wait, with what the other ranks know of who is missing."""
+        if self._line is None:
+            return PeerTimeoutError(self._failure(self._record.tolist()))
+        if self._asked is None:
+            watchdog = self._line.watchdog
+            self._asked = watchdog.report(self._line.ranks, self._epoch, self.deadline_s)
+            watchdog.give_up(self._epoch)
+        return told(PeerTimeoutError(f"{self._failure(self._record.tolist())} ({self._asked.text}.)"))
 
     def _failure(self, record: list[int]) -> str:
         phase, peer, expected = record[control.PHASE], record[control.PEER], record[control.EXPECTED]
