@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
 from ultraep_compile.errors import VerificationError
+from ultraep_compile.exchange import line_named
 from ultraep_compile.ops import watch
 from ultraep_compile.ops.alike import from_all_ranks
 from ultraep_compile.passes.lift.nodes import input_name, upstream
@@ -183,7 +183,7 @@ class Shadow:
 
     def _over_ranks(self, gradient: Tensor) -> Tensor:
         total = gradient.double()
-        dist.all_reduce(total, group=dist.distributed_c10d._resolve_process_group(self.group))  # pyright: ignore
+        line_named(self.group).all_reduce(total, "gradients to verify")
         return total
 
     def _judge(self, *measured: list[dict[str, Any]]) -> None:

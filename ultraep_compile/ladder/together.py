@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from ultraep_compile.exchange import line_of
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -48,9 +49,7 @@ class Ranks:
         """What all ranks have, by rank. Tensors must be on the CPU."""
         if self.group is None:
             return [value]
-        out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value, group=self.group)
-        return out
+        return line_of(self.group).gather_objects(value, "what every rank finds of an expert-parallel layer")
 
     def agreed(self, run: Callable[[], T]) -> T:
         """The result of a step without exchanges; a refusal on one rank is one on all.

@@ -80,7 +80,4 @@ def from_all_ranks(group: str, value: Value) -> list[Value]:
     """Every rank's value, in rank order, on all of them; the value alone without a group. All ranks must come here together."""
     if not group:
         return [value]
-    ranks = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
-    every = [value] * dist.get_world_size(ranks)
-    dist.all_gather_object(every, value, group=ranks)
-    return every
+    return line_named(group).gather_objects(value, "what every rank has")
