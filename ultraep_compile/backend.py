@@ -21,12 +21,14 @@ from ultraep_compile.config import Options
 from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError, nearest
 from ultraep_compile.local_inputs import take_parts
 from ultraep_compile.ops import watch
+from ultraep_compile.ops.steps import ran_balanced
 from ultraep_compile.passes.cache_key import CacheKeyPass
 from ultraep_compile.passes.lift.called import is_divided
 from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
 from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
 from ultraep_compile.shadow import Shadow, copied
+from ultraep_compile.steps import compiled_here, follow_steps
 from ultraep_compile.telemetry.recorder import get_recorder
 from ultraep_compile.versions import untested
 
@@ -49,6 +51,7 @@ def ultraep(
         options: see `Options`.
         mode: torch.compile's mode, handed to Inductor.
     """
+    follow_steps()
     try:
         if unknown:
             raise OptionError(
@@ -62,6 +65,7 @@ def ultraep(
                 rewrite = Rewrite(chosen, refused=refused_inputs(gm, example_inputs))
                 run_passes(gm, rewrite, ANALYSES)
                 _check_count(rewrite)
+                return _noted(rewrite, compile_inner(gm, example_inputs, chosen, mode, rewritten=False))
             return compile_inner(gm, example_inputs, chosen, mode, rewritten=False)
         return _balanced(gm, example_inputs, chosen, mode)
     except UltraEPError as error:
@@ -121,7 +125,20 @@ def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
     shadow = Shadow.of(original, gm, rewrite) if original is not None and rewrite.prepared else None
     inputs, given_parts = take_parts(gm, example_inputs)
     compiled = given_parts(compile_inner(gm, inputs, options, mode, rewritten=bool(rewrite.prepared)))
-    return compiled if shadow is None else shadow.beside(compiled)
+    return _noted(rewrite, compiled if shadow is None else shadow.beside(compiled))
+
+
+def _noted(rewrite: Rewrite, compiled: Compiled) -> Compiled:
+    """A compiled graph that notes which layers it balances."""
+    layers = tuple(site.name for site in rewrite.prepared.values())
+    if not layers:
+        return compiled
+
+    def noting(*args: Any) -> Any:
+        ran_balanced(layers)
+        return compiled(*args)
+
+    return noting
 
 
 def compile_inner(
@@ -145,6 +162,12 @@ def compile_inner(
 
 def _check_count(rewrite: Rewrite) -> None:
     expected, found = rewrite.options.expect_moe_sites, len(rewrite.prepared)
+    whole = compiled_here()
+    if whole is not None:  # counted at the end of the step, over all of its graphs
+        whole.reasons |= {m.name: m.reason for m in rewrite.misses}
+        if _ddp_splits_graphs():
+            whole.reasons["DistributedDataParallel"] = _DDP_SPLITS
+        return
     if expected is None or expected == found:
         return
     reasons = "".join(f"\n  {m.name}: {m.reason}" for m in rewrite.misses)
@@ -208,3 +231,6 @@ def _start_trace(rewrite: Rewrite) -> None:
         )
     if not rewrite.prepared:
         recorder.flush()
+
+
+follow_steps()

@@ -54,7 +54,8 @@ class Options:
     not equally fast on all ranks."""
 
     expect_moe_sites: int | None = None
-    """Raise unless exactly this many MoE layers are rewritten in the compiled graph; for continuous integration."""
+    """Raise unless exactly this many MoE layers run balanced in every call of the compiled model, over all of its graphs; for
+    continuous integration."""
 
     verify: int = 0
     """For the first so many calls, run the unmodified graph too and raise where the results differ."""

@@ -26,6 +26,7 @@ from ultraep_compile.passes.lift.nodes import upstream
 from ultraep_compile.passes.pipeline import Rewrite, run_passes
 from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.preparation import as_call, prepare_call
+from ultraep_compile.steps import troubles
 from ultraep_compile.worth import tokens_to_break_even
 
 
@@ -159,11 +160,10 @@ def explain(
         return counted
 
     torch._dynamo.reset()
-    breaks_before = dict(torch._dynamo.utils.counters["graph_break"])
+    breaks_before = troubles()
     compiled = torch.compile(model, backend=backend)
     compiled(*args, **kwargs)
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    reasons = [_first_lines(r) for r, n in breaks.items() if n > breaks_before.get(r, 0)]
+    reasons = [_first_lines(r) for r, n in troubles().items() if n > breaks_before[r]]
     reasons = [f"{r} At {places[r]}" if r in places else r for r in reasons]
     torch._dynamo.reset()
     roles = watch_roles(model, [f.path for f in findings if f.path], *args, **kwargs)

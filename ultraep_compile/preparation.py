@@ -14,6 +14,7 @@ from torch import nn
 from ultraep_compile.errors import ArgumentError, ForwardError, UltraEPError, need_model
 from ultraep_compile.ladder.climb import Finding, candidates, climb, watched
 from ultraep_compile.ladder.lent import filled, lent_when_called
+from ultraep_compile.steps import follow_steps
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def prepare(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] 
 
 def prepare_call(model: nn.Module, *args: Any, **kwargs: Any) -> list[Finding]:
     """`prepare` with the arguments of one call; what was found on the way, kept for `findings_of`."""
+    follow_steps()
     _choose_experts_implementation(model)
     found = candidates(model)
     done = watched(model, found)

@@ -29,11 +29,24 @@ class GraphReport:
         return cls(rewrite.sites, rewrite.prepared, rewrite.misses, rewrite.seconds, rewrite.snapshots or [], gm)
 
 
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One call of a compiled model: what really ran."""
+
+    balanced: tuple[str, ...]
+    """Layers that ran balanced, in order, over all graphs of the step."""
+    unbalanced: tuple[str, ...]
+    """Layers known to be there that did not."""
+    reason: str
+    """What Dynamo could not compile in this step, "" if nothing."""
+
+
 @dataclass(slots=True)
 class Collector:
-    """Reports of the graphs compiled while it was open."""
+    """Reports of the graphs compiled, and of the steps made, while it was open."""
 
     graphs: list[GraphReport] = field(default_factory=list)
+    steps: list[StepReport] = field(default_factory=list)
     snapshots: bool = False
 
 
@@ -54,6 +67,11 @@ def collect_reports(*, snapshots: bool = False) -> Iterator[Collector]:
 def add_report(report: GraphReport) -> None:
     for collector in _open:
         collector.graphs.append(report)
+
+
+def add_step(report: StepReport) -> None:
+    for collector in _open:
+        collector.steps.append(report)
 
 
 def wants_snapshots() -> bool:

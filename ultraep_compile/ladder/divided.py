@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ultraep_compile.ops import unshard  # noqa: F401  (defines the op)
+from ultraep_compile.ops.steps import ran_own
 
 DIVISION = "_ultraep_division"
 
@@ -48,6 +49,8 @@ def stack_experts(module: nn.Module, tensors: list[Tensor]) -> Tensor:
 
 def own_forward(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward that the module's author wrote."""
+    if not torch.compiler.is_compiling():
+        ran_own(module)
     if division_of(module) is None:
         return base.forward(module, *args, **kwargs)
     if torch.compiler.is_compiling():
