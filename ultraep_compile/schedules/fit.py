@@ -25,7 +25,7 @@ def fit(schedule: Schedule, limit: float) -> Schedule:
     graph = Graph(schedule.problem, schedule.ranks)
     start, end = graph.replay()
     ranks = tuple(
-        tuple(_joined(_Rank(graph, start, end, rank, limit).reordered())) for rank in range(len(schedule.ranks))
+        tuple(joined(_Rank(graph, start, end, rank, limit).reordered())) for rank in range(len(schedule.ranks))
     )
     return replace(schedule, ranks=ranks)
 
@@ -49,10 +49,10 @@ class _Rank:
         for i in range(first, self.graph.first[self.rank + 1]):
             op = self.graph.ops[i]
             if op.kind == "EF":
-                for part in sorted(_parts(op), key=self.due):
+                for part in sorted(parts(op), key=self.due):
                     self.forward(part)
             elif op.kind == "EB":
-                for part in _parts(op):
+                for part in parts(op):
                     self.backward(part)
                 self.admit()
             else:
@@ -148,7 +148,7 @@ class _Rank:
             self.run(op)
 
 
-def _parts(op: Op) -> list[Op]:
+def parts(op: Op) -> list[Op]:
     """An operation divided by microbatch."""
     if not op.items:
         return [op]
@@ -158,7 +158,7 @@ def _parts(op: Op) -> list[Op]:
     return [op._replace(items=tuple(row)) for row in rows.values()]
 
 
-def _joined(ops: Sequence[Op]) -> Iterator[Op]:
+def joined(ops: Sequence[Op]) -> Iterator[Op]:
     """Item operations joined with those that run beside them both forward and backward."""
     run_of: dict[Op, int] = {}
     runs: list[list[Op]] = []

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ultraep_compile.errors import ScheduleError, nearest
 from ultraep_compile.schedules.actions import Schedule
 from ultraep_compile.schedules.baselines import colocated, encoder_first, flush, recompute, uneven
+from ultraep_compile.schedules.bounds import lower_bound
 from ultraep_compile.schedules.collection import without_collection
 from ultraep_compile.schedules.dependencies import Graph
 from ultraep_compile.schedules.disttrain import disttrain
@@ -45,6 +46,7 @@ _UNEVEN = 1.8  # times c mean microbatches: held by a rank for uneven items befo
 _MERGE = 1.25
 METHODS = ("nested", *BASELINES)
 _CLOSE = 6  # schedules slightly above the memory that are brought within it
+_EFFORT = 400_000  # operations played in a local search
 _LARGE = 8192  # ranks times microbatches
 _RIVALS = ("encoder-first", "optimus", "flush", "colocated")  # that keep the problem as it is
 
@@ -84,7 +86,7 @@ def plan_nested(problem: Problem, rule: Rule, thorough: bool = True) -> Schedule
     for candidate, order in _candidates(problem, rule):
         tried.attempt(candidate, order)
     for q in _smaller_groups(problem, rule):
-        if tried.attempts:
+        if tried.attempts and not thorough:
             break
         for candidate, order in _candidates(problem, replace(rule, generator_group=q)):
             tried.attempt(candidate, order)
@@ -101,6 +103,8 @@ def plan_nested(problem: Problem, rule: Rule, thorough: bool = True) -> Schedule
         _beat_colocation(problem, rule, tried)
     if thorough or not tried.attempts:
         _compete(problem, rule, tried)
+    if thorough and tried.attempts and tried.limit is not None:
+        _search(problem, tried)
     best = tried.best()
     return renamed(best.schedule, best.order) if best.order else best.schedule
 
@@ -201,6 +205,17 @@ def _compete(problem: Problem, rule: Rule, tried: _Tried) -> None:
             tried.add(close.rule, close.order, replace(made, caps=_held(made), note=f"{made.note}, fitted"), limit)
         except ScheduleError as error:  # what waits for memory waits for itself
             tried.refused.append(error)
+
+
+def _search(problem: Problem, tried: _Tried) -> None:
+    """Local search from the best, as long as a small problem takes."""
+    best = tried.best()
+    count = sum(map(len, best.schedule.ranks))
+    bound = lower_bound(best.schedule.problem, any(op.kind == "I" for op in best.schedule.ranks[0]))
+    caps = Caps(tried.limit, best.schedule.caps.generator, best.schedule.caps.llm)
+    better = improve(replace(best.schedule, caps=caps), bound * (1 + 1e-6), _EFFORT // count)
+    if better.ranks != best.schedule.ranks:
+        tried.add(best.rule, best.order, replace(better, caps=_held(better), note=f"{better.note}, searched"))
 
 
 def _held(schedule: Schedule) -> Caps:
