@@ -26,7 +26,15 @@ import networkx
 from rich.progress import track
 
 from tests.schedules.mutations import MESSAGE_MUTATIONS, MUTATIONS, programs_of
-from tests.schedules.problems import check_plan, lognormal_items, random_problem
+from tests.schedules.problems import (
+    Contest,
+    check_memory_asked,
+    check_plan,
+    contest_problem,
+    contests,
+    lognormal_items,
+    random_problem,
+)
 from ultraep_compile.errors import ScheduleError
 from ultraep_compile.schedules.actions import Schedule
 from ultraep_compile.schedules.auto import choose
@@ -220,6 +228,40 @@ def sweep(problems: int) -> str:
     return "\n".join(f"* {x}" for x in told) + "\n\n" + table(("problems", "number"), sorted(kinds.items()))
 
 
+def contest(problems: int = 200) -> str:
+    """Nested against every other method in the memory that the other one takes, and within whole numbers of microbatches."""
+    seen: dict[str, list[Contest]] = {}
+    fits: Counter[tuple[bool, int, bool]] = Counter()
+    for seed in track(range(problems), "contest"):
+        problem, base = contest_problem(seed)
+        for result in contests(problem, base):
+            assert result.held <= result.memory + 1e-6, (seed, result)
+            seen.setdefault(result.method, []).append(result)
+        for memory in (1, 2, 3, 4):
+            items = bool(problem.encoders[0].items)
+            fits[items, memory, check_memory_asked(problem, base, memory)] += 1
+    rows, slower = [], 0
+    for method, results in seen.items():
+        ratios = [r.ratio for r in results if r.ratio]
+        slower += sum(ratio > 1.005 for ratio in ratios)
+        numbers = (min(ratios), statistics.median(ratios), max(ratios)) if ratios else ("", "", "")
+        rows.append((method, len(results), len(results) - len(ratios), *numbers))
+    told = [
+        "`nested / other`: makespans, nested with the encoder memory that the other method takes, and with the LLM memory"
+        " that it takes on any rank (at least what nested's base schedule holds). `refused`: less memory than any nested"
+        " schedule takes, said with the least possible. recompute: both recompute the encoder.",
+        f"{problems} problems: {slower} times more than 0.5% slower; no limit was exceeded, every plan is proven.",
+    ]
+    first = table(("other", "problems", "refused", "least", "median nested / other", "most"), rows)
+    kinds = [
+        ("items" if items else "whole", memory, fits[items, memory, True], fits[items, memory, False])
+        for items in (False, True)
+        for memory in (1, 2, 3, 4)
+    ]
+    second = table(("microbatches", "encoder memory", "planned within it", "refused with the least possible"), kinds)
+    return "\n".join(f"* {x}" for x in told) + f"\n\n{first}\n\n{second}"
+
+
 def mutations(problems: int = 300) -> str:
     """Broken schedules and broken message orders of random problems: every one must be refused."""
     rows = []
@@ -350,12 +392,14 @@ def main() -> None:
         "uneven",
         "robust",
         "sweep",
+        "contest",
         "mutations",
         "time",
         "choice",
     )
     parser.add_argument("name", choices=(*commands, "all"))
     parser.add_argument("--problems", type=int, default=10_000, help="of the sweep")
+    parser.add_argument("--contests", type=int, default=200, help="problems of the contest")
     options = parser.parse_args()
     functions: dict[str, Callable[[], str]] = {
         "uniform": uniform,
@@ -364,6 +408,7 @@ def main() -> None:
         "uneven": uneven,
         "robust": robust,
         "sweep": lambda: sweep(options.problems),
+        "contest": lambda: contest(options.contests),
         "mutations": mutations,
         "time": time_planning,
         "choice": choice,

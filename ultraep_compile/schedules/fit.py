@@ -8,7 +8,7 @@ having."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -25,7 +25,8 @@ def fit(schedule: Schedule, limit: float) -> Schedule:
     graph = Graph(schedule.problem, schedule.ranks)
     start, end = graph.replay()
     ranks = tuple(
-        tuple(joined(_Rank(graph, start, end, rank, limit).reordered())) for rank in range(len(schedule.ranks))
+        tuple(joined(_Rank(graph, start, end, rank, limit).reordered(), origins(ops)))
+        for rank, ops in enumerate(schedule.ranks)
     )
     return replace(schedule, ranks=ranks)
 
@@ -158,8 +159,13 @@ def parts(op: Op) -> list[Op]:
     return [op._replace(items=tuple(row)) for row in rows.values()]
 
 
-def joined(ops: Sequence[Op]) -> Iterator[Op]:
-    """Item operations joined with those that run beside them both forward and backward."""
+def origins(ops: Iterable[Op]) -> dict[Op, Op]:
+    """The operation that each of its parts came from."""
+    return {part: op for op in ops for part in parts(op)}
+
+
+def joined(ops: Sequence[Op], origin: Mapping[Op, Op]) -> Iterator[Op]:
+    """Parts of one operation joined again where they run side by side, both forward and backward."""
     run_of: dict[Op, int] = {}
     runs: list[list[Op]] = []
     for _, group in groupby(ops, key=lambda op: (op.kind, op.stage) if op.items else op):
@@ -167,15 +173,15 @@ def joined(ops: Sequence[Op]) -> Iterator[Op]:
         run_of.update((op, len(runs)) for op in row)
         runs.append(row)
 
-    def home(op: Op) -> tuple[int, int]:
+    def home(op: Op) -> tuple[Op, int, int]:
         forward, backward = op._replace(kind="EF"), op._replace(kind="EB")
-        return run_of.get(forward, -1), run_of.get(backward, -1)
+        return origin[op], run_of.get(forward, -1), run_of.get(backward, -1)
 
     for row in runs:
-        if not row[0].items or row[0].kind == "G":
+        if not row[0].items:
             yield from row
             continue
-        together: dict[tuple[int, int], list[Op]] = {}
+        together: dict[tuple[Op, int, int], list[Op]] = {}
         for op in row:
             together.setdefault(home(op), []).append(op)
         for members in together.values():

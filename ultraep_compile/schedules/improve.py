@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ultraep_compile.schedules.actions import Schedule
 from ultraep_compile.schedules.dependencies import Graph
-from ultraep_compile.schedules.fit import joined, parts
+from ultraep_compile.schedules.fit import joined, origins, parts
 from ultraep_compile.schedules.holdings import encoder_amount, generator_amount
 
 _SHIFTS = (1, -1, 2, -2, 3, -3, 5, -5, 8, -8, 13, -13)
@@ -31,8 +31,9 @@ class _Search:
     """Operations as numbers that keep their predecessors wherever they are moved."""
 
     def __init__(self, schedule: Schedule) -> None:
-        divided = [[part for op in ops for part in (parts(op) if op.items else (op,))] for ops in schedule.ranks]
+        divided = [[part for op in ops for part in parts(op)] for ops in schedule.ranks]
         graph = Graph(schedule.problem, divided)
+        self.origin = origins(op for ops in schedule.ranks for op in ops)
         self.schedule, self.graph, self.problem = schedule, graph, schedule.problem
         self.rank = list(graph.rank)
         self.orders = [list(range(a, b)) for a, b in zip(graph.first, graph.first[1:], strict=False)]
@@ -80,7 +81,7 @@ class _Search:
         if makespan >= self.first * (1 - _GAIN):
             return self.schedule
         ops = self.graph.ops
-        ranks = tuple(tuple(joined([ops[i] for i in row])) for row in orders)
+        ranks = tuple(tuple(joined([ops[i] for i in row], self.origin)) for row in orders)
         better = replace(self.schedule, ranks=ranks)
         return better if max(Graph(self.problem, ranks).replay()[1]) < self.first else self.schedule
 
