@@ -50,7 +50,7 @@ class Options:
     processes on one CPU through shared files), or `auto`: symmetric on GPUs that can, else collective."""
 
     deadline_s: int = 300
-    """Seconds after which a wait for another rank over symmetric memory is a `PeerTimeoutError`. The first step compiles, and
+    """Seconds after which a wait for another rank is a `PeerTimeoutError`, over every transport. The first step compiles, and
     not equally fast on all ranks."""
 
     expect_moe_sites: int | None = None

@@ -170,6 +170,14 @@ class Line:
         limit = self._gloo_limit()
         self._wait(self._elsewhere(lambda: work.wait(limit)), what)
 
+    def pass_on(self, tensor: Tensor, peer: int, sends: bool, what: str) -> None:
+        """Send to, or receive from, one rank; done on return, on a GPU in the order of its stream."""
+        if self._by_nccl(tensor):
+            start = dist.isend if sends else dist.irecv
+            self._launch(lambda: start(tensor, self.ranks[peer], self.group), what)
+        else:
+            self.finish((self.send if sends else self.receive)(tensor, peer, 0, what), what)
+
     # ---- connections
 
     def open(self, channel: str, what: str) -> Any:
@@ -228,6 +236,15 @@ class Line:
             return start(connection)
         except RuntimeError as error:
             self.fail(what, 0.0, cause=error)
+
+    def until(self, done: Callable[[], bool], what: str) -> None:
+        """Wait for what another thread or a device brings about."""
+        began, pause = time.monotonic(), 2e-5
+        with self.watchdog.waits(what):
+            while not done():
+                time.sleep(pause)
+                pause = min(2 * pause, _SLICE_S / 10)
+                self._look(what, began)
 
     def _wait(self, result: Future[T], what: str) -> T:
         """What another thread is to bring."""
@@ -292,11 +309,7 @@ class Line:
         """Wait on the host for what was launched on the device; before it reads there what came from other ranks."""
         while self._on_device:
             work, _, what = self._on_device[0]
-            began = time.monotonic()
-            with self.watchdog.waits(what):
-                while not work.is_completed():
-                    time.sleep(2e-5)
-                    self._look(what, began)
+            self.until(work.is_completed, what)
             self._on_device.pop(0)
 
     def look_after(self) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultraep_compile.exchange import line_of
 from ultraep_compile.ops.alike import ordered_digest
 
 Facts = dict[str, int]
@@ -66,17 +67,14 @@ def disagreements(shared: Sequence[Shared], group: dist.ProcessGroup) -> list[tu
     Args:
         shared: every rank of the group lists the same ranks in the same order.
 
-    Raises: RuntimeError: some rank did not come in time.
+    Raises: PeerTimeoutError: some rank did not come in time.
     """
-    mine = torch.tensor([digest_of(sorted(facts.items())) for _, facts in shared])
-    every = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(every, mine, group=group)
-    rows = torch.stack(every).tolist()
+    line = line_of(group)
+    rows = line.gather_objects([digest_of(sorted(facts.items())) for _, facts in shared], "the beginning of a step")
     odd = [n for n, (ranks, _) in enumerate(shared) if len({rows[r][n] for r in ranks}) > 1]
     if not odd:
         return []
-    told: list[list[Facts]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(told, [facts for _, facts in shared], group=group)
+    told = line.gather_objects([facts for _, facts in shared], "what ranks have alike")
     found = []
     for n in odd:
         first, *others = shared[n][0]

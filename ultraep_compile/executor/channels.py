@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultraep_compile.errors import PeerTimeoutError, PipelineError
+from ultraep_compile.errors import PipelineError
+from ultraep_compile.exchange import Line, line_of
 from ultraep_compile.executor import wire
 from ultraep_compile.schedules.actions import Op
 from ultraep_compile.schedules.messages import CHANNELS, Message
@@ -34,27 +35,16 @@ class _Posted:
 
     message: Message
     buffer: Tensor
-    work: dist.Work
+    work: Any
 
 
 @dataclass(slots=True)
 class _Started:
     """A transfer under way, and the tensor that must live until it ends."""
 
-    work: dist.Work
+    work: Any
     tensor: Tensor
     on_host: bool  # gloo; else NCCL
-
-    def finish(self, deadline: float) -> None:
-        """Wait on the host. NCCL's own wait would only order streams, so its state is looked at."""
-        if self.on_host:
-            _wait(self.work, deadline)
-            return
-        until = time.monotonic() + deadline
-        while not self.work.is_completed():
-            if time.monotonic() > until:
-                raise RuntimeError(f"not finished after {deadline:g} s")
-            time.sleep(0.0005)
 
 
 class _Outbox:
@@ -63,8 +53,8 @@ class _Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.left: queue.Queue[tuple[Message, _Started]] = queue.Queue()
-        self.failed: Exception | None = None
+        self.left: queue.Queue[tuple[Message, _Started] | None] = queue.Queue()
+        self.failed: Message | None = None
         self.thread: threading.Thread | None = None
 
     def add(self, message: Message, started: _Started) -> None:
@@ -74,41 +64,48 @@ class _Outbox:
             self.thread.start()
 
     def _run(self) -> None:
-        while True:
-            message, started = self.left.get()
+        while (job := self.left.get()) is not None:
+            message, started = job
             try:
-                started.finish(self.channel.deadline)
-            except RuntimeError as error:
-                self.failed = self.failed or self.channel.failure(message, message.target, error)
-            del started
+                if started.on_host:
+                    started.work.wait(datetime.timedelta(seconds=self.channel.line.deadline))
+                else:  # NCCL's own wait would only order streams
+                    while not started.work.is_completed():
+                        time.sleep(0.0005)
+            except RuntimeError:
+                self.failed = self.failed or message
+            del started, job
             self.left.task_done()
 
     def drain(self) -> None:
-        """Wait until every send has ended; each has its deadline, so this ends."""
-        self.left.join()
+        """Wait until every send has ended."""
+        line = self.channel.line
+        line.until(lambda: self.failed is not None or not self.left.unfinished_tasks, f"sending on {self.channel.name}")
         if self.failed is not None:
-            raise self.failed
+            line.fail(self.channel.doing(self.failed), 0.0)
+
+    def end(self) -> None:
+        """End the thread, once what is under way has ended."""
+        self.left.put(None)
 
 
 @dataclass(slots=True)
 class Channel:
-    """One channel of one pipeline.
+    """One channel of one pipeline; its messages have the channel's own connections of the line.
 
     `ordered`: payloads start in the order in which the plan has them, sends behind earlier receives. NCCL runs what it is
     given on one stream, so a send before an earlier receive could wait for ever; gloo needs no order between the two."""
 
     name: str
-    headers: dist.ProcessGroup
-    payloads: dist.ProcessGroup
-    ranks: list[int]  # global rank of each pipeline rank
+    line: Line
     device: torch.device
-    deadline: float  # seconds that a peer may take
+    payloads: dist.ProcessGroup | None = None  # NCCL; None: over the line
     ordered: bool = False
     posted: dict[Message, _Posted] = field(default_factory=dict)
-    line: deque[tuple[Message, Tensor | None]] = field(
+    line_up: deque[tuple[Message, Tensor | None]] = field(
         default_factory=deque
     )  # of payloads, if ordered; None: a receive
-    arriving: list[tuple[Message, _Started]] = field(default_factory=list)  # on the device, in this step
+    arriving: list[tuple[Message, Any]] = field(default_factory=list)  # work on the device, in this step
     outbox: _Outbox = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,46 +114,39 @@ class Channel:
     def post(self, message: Message) -> None:
         """Begin to receive a message. Each pair of ranks must post in the order in which the other sends."""
         buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        try:
-            work = dist.irecv(buffer, self.ranks[message.source], group=self.headers, tag=_HEADER)
-        except RuntimeError as error:
-            raise self.failure(message, message.source, error) from error
-        assert work is not None
-        self.posted[message] = _Posted(message, buffer, work)
+        self.posted[message] = _Posted(message, buffer, self._receive_on_host(message, buffer, _HEADER))
         if self.ordered:
-            self.line.append((message, None))
+            self.line_up.append((message, None))
 
     def take(self, message: Message, step: int, waiting: Op) -> Any:
         """Wait for a posted message and return its value. `waiting`: the operation that needs it."""
-        posted = self.posted.pop(message)
-        source = self.ranks[message.source]
-        try:
-            _wait(posted.work, self.deadline)
-            fields, more = wire.decode(posted.buffer)
-            if fields is None:
-                rest = torch.empty(more, dtype=torch.uint8)
-                _wait(dist.irecv(rest, source, group=self.headers, tag=_MORE), self.deadline)
-                fields = json.loads(bytes(rest.numpy()))
-            self._check(message, step, fields)
-            entries = wire.shapes(fields["value"])
-            buffer = torch.empty(wire.buffer_size(entries), dtype=torch.uint8, device=self.device)
-            self._receive(message, buffer)
-        except RuntimeError as error:
-            raise self.failure(message, message.source, error, waiting) from error
+        posted, what = self.posted.pop(message), self.doing(message, waiting)
+        self.line.finish(posted.work, what)
+        fields, more = wire.decode(posted.buffer)
+        if fields is None:
+            rest = torch.empty(more, dtype=torch.uint8)
+            self.line.finish(self._receive_on_host(message, rest, _MORE), what)
+            fields = json.loads(bytes(rest.numpy()))
+        self._check(message, step, fields)
+        entries = wire.shapes(fields["value"])
+        buffer = torch.empty(wire.buffer_size(entries), dtype=torch.uint8, device=self.device)
+        self._receive(message, buffer, what)
         return wire.unpack(fields["value"], wire.from_bytes(buffer, entries))
 
-    def _receive(self, message: Message, buffer: Tensor) -> None:
+    def _receive_on_host(self, message: Message, buffer: Tensor, tag: int) -> Any:
+        return self.line.receive(buffer, message.source, tag, self.doing(message), self.name)
+
+    def _receive(self, message: Message, buffer: Tensor, what: str) -> None:
         """Get a payload: on the host it is there on return; on a GPU, what is launched from now on comes after it."""
-        if buffer.numel():
-            work = dist.irecv(buffer, self.ranks[message.source], group=self.payloads, tag=_PAYLOAD)
-            if self.device.type == "cuda":
-                assert work is not None
-                work.wait()
-                self.arriving.append((message, _Started(work, buffer[:0], False)))
-            else:
-                _wait(work, self.deadline)
+        if buffer.numel() and self.payloads is not None:
+            work = dist.irecv(buffer, self.line.ranks[message.source], group=self.payloads, tag=_PAYLOAD)
+            assert work is not None
+            work.wait()
+            self.arriving.append((message, work))
+        elif buffer.numel():
+            self.line.finish(self._receive_on_host(message, buffer, _PAYLOAD), what)
         if self.ordered:
-            first = self.line.popleft()
+            first = self.line_up.popleft()
             assert first == (message, None), "receives are taken in the order in which they were posted"
             self._advance()
 
@@ -168,41 +158,44 @@ class Channel:
             raise PipelineError(f"{message.producer} on rank {message.source}: {error}.") from error
         fields = {"step": step, "message": identity(message), "value": description}
         head, rest = wire.encode(fields, HEADER_BYTES)
-        self._start(message, head, self.headers, _HEADER)
+        self._start(message, head, _HEADER)
         if rest is not None:
-            self._start(message, rest, self.headers, _MORE)
+            self._start(message, rest, _MORE)
         payload = wire.to_bytes([t.to(self.device) for t in tensors])
         if not payload.numel():
             return
         if self.ordered:
-            self.line.append((message, payload))
+            self.line_up.append((message, payload))
             self._advance()
         else:
-            self._start(message, payload, self.payloads, _PAYLOAD)
+            self._start(message, payload, _PAYLOAD)
 
     def _advance(self) -> None:
         """Start the payloads that are sent before the next receive."""
-        while self.line and (payload := self.line[0][1]) is not None:
-            self._start(self.line.popleft()[0], payload, self.payloads, _PAYLOAD)
+        while self.line_up and (payload := self.line_up[0][1]) is not None:
+            self._start(self.line_up.popleft()[0], payload, _PAYLOAD)
 
-    def _start(self, message: Message, tensor: Tensor, group: dist.ProcessGroup, tag: int) -> None:
-        try:
-            work = dist.isend(tensor, self.ranks[message.target], group=group, tag=tag)
-        except RuntimeError as error:
-            raise self.failure(message, message.target, error) from error
-        assert work is not None
+    def _start(self, message: Message, tensor: Tensor, tag: int) -> None:
+        if self.payloads is not None and tag == _PAYLOAD:
+            work = dist.isend(tensor, self.line.ranks[message.target], group=self.payloads, tag=tag)
+        else:
+            work = self.line.send(tensor, message.target, tag, self.doing(message), self.name)
         self.outbox.add(message, _Started(work, tensor, tensor.device.type == "cpu"))
 
     def drain(self) -> None:
         """Wait until every send has ended, and on a GPU every receive."""
-        assert not self.line, "every message of the plan was started"
+        assert not self.line_up, "every message of the plan was started"
         self.outbox.drain()
-        for message, started in self.arriving:
-            try:
-                started.finish(self.deadline)
-            except RuntimeError as error:
-                raise self.failure(message, message.source, error) from error
+        for message, work in self.arriving:
+            self.line.until(work.is_completed, self.doing(message))
         self.arriving.clear()
+
+    def close(self) -> None:
+        """End the thread, and on a GPU what is under way."""
+        self.outbox.end()
+        if self.payloads is not None:
+            self.payloads.abort()
+            dist.destroy_process_group(self.payloads)
 
     def _check(self, message: Message, step: int, fields: dict[str, Any]) -> None:
         expected = {"step": step, "message": identity(message)}
@@ -213,15 +206,14 @@ class Channel:
                 f"{found['step']}: the ranks do not run the same schedule. Give every rank the same batch and options."
             )
 
-    def failure(self, message: Message, peer: int, error: Exception, waiting: Op | None = None) -> PeerTimeoutError:
-        doing = f"{waiting} waits to receive" if waiting else "sending" if peer == message.target else "receiving"
-        rank = message.target if peer == message.source else message.source
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return PeerTimeoutError(
-            f"Rank {rank} (global {self.ranks[rank]}) cannot go on: {doing} the output of {message.producer} for "
-            f"microbatch {message.microbatch} on channel {message.channel}, peer rank {peer} (global {self.ranks[peer]}), "
-            f"deadline {self.deadline:g} s. That peer is dead, stopped, or waits for another one: its own message is the one "
-            f"to read first. ({text})"
+    def doing(self, message: Message, waiting: Op | None = None) -> str:
+        """What a rank wants of another, for messages of errors."""
+        mine = self.line.rank == message.source
+        peer, verb = (message.target, "sending") if mine else (message.source, "receiving")
+        for_whom = f" for {waiting}" if waiting else ""
+        return (
+            f"{verb} the output of {message.producer}, microbatch {message.microbatch}, {'to' if mine else 'from'} rank "
+            f"{self.line.ranks[peer]} on channel {message.channel}{for_whom}"
         )
 
 
@@ -230,65 +222,60 @@ def identity(message: Message) -> str:
     return f"{message.channel} {message.producer} {message.microbatch} {message.source}>{message.target}"
 
 
-def _wait(work: dist.Work | None, deadline: float) -> None:
-    """Wait on the host for at most `deadline` seconds; RuntimeError if it takes longer or the peer is gone."""
-    assert work is not None
-    work.wait(datetime.timedelta(seconds=deadline))
-
-
 @dataclass(slots=True)
 class Communicators:
     """Everything that the ranks of one pipeline talk over."""
 
-    control: dist.ProcessGroup  # gloo
+    line: Line
+    device: torch.device
     channels: dict[str, Channel]
+    epoch: int  # of the line's watchdog: after a failure all is made anew
+
+    def close(self) -> None:
+        """A step failed in the middle: what is under way would be taken for another step's."""
+        for channel in self.channels.values():
+            channel.close()
 
 
-_opened: list[
-    tuple[object, dist.ProcessGroup, float, Communicators]
-] = []  # (default group, group, deadline, what was made)
+_opened: list[Communicators] = []
 
 
 def communicators(group: dist.ProcessGroup, device: torch.device, deadline: float) -> Communicators:
-    """Those of a pipeline's group, made at the first request: later pipelines over the same ranks use them, too, since a step
-    leaves nothing under way. Collective over the group."""
-    world = dist.group.WORLD
-    _opened[:] = [entry for entry in _opened if entry[0] is world]
-    for _, known, seconds, made in _opened:
-        if known is group and seconds == deadline:
+    """Those of a pipeline's group, made at the first request and after a failure: later pipelines over the same ranks use
+    them, too, since a step leaves nothing under way. Collective over the group."""
+    line = line_of(group)
+    line.deadline = deadline
+    for made in tuple(_opened):
+        if made.line.watchdog is not line.watchdog or made.epoch != line.watchdog.epoch:
+            _opened.remove(made)
+            made.close()
+    for made in _opened:
+        if made.line is line and made.device == device:
             return made
-    control = new_group(dist.get_process_group_ranks(group), "gloo", deadline)
-    made = Communicators(control, open_channels(group, device, deadline))
-    connect(made.channels, dist.get_rank(group))
-    _opened.append((world, group, deadline, made))
+    epoch = line.watchdog.epoch
+    made = Communicators(line, device, open_channels(line, device), epoch)
+    _opened.append(made)
     return made
 
 
-def forget(made: Communicators) -> None:
-    """A step failed in the middle: what is under way would be taken for another step's."""
-    _opened[:] = [entry for entry in _opened if entry[3] is not made]
-
-
-def open_channels(
-    group: dist.ProcessGroup, device: torch.device, deadline: float, names: tuple[str, ...] = CHANNELS
-) -> dict[str, Channel]:
+def open_channels(line: Line, device: torch.device, names: tuple[str, ...] = CHANNELS) -> dict[str, Channel]:
     """One channel per name between the ranks of a pipeline's group. Collective over that group."""
-    ranks = dist.get_process_group_ranks(group)
-    channels = {}
-    for name in names:
-        headers = new_group(ranks, "gloo", deadline)
-        if device.type == "cuda":  # its own watchdog ends the process without a word; ours speaks first
-            payloads = new_group(ranks, "nccl", 2 * deadline + 60)
-        else:
-            payloads = headers
-        channels[name] = Channel(name, headers, payloads, ranks, device, deadline, device.type == "cuda")
-    return channels
-
-
-def new_group(ranks: list[int], backend: str, deadline: float) -> dist.ProcessGroup:
-    """A group of these ranks, made by them alone."""
-    made = dist.new_group(ranks, datetime.timedelta(seconds=deadline), backend, use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
+    if line.size == 1:
+        return {name: Channel(name, line, device) for name in names}
+    for name in ("data", *names):  # now, and by all: messages go between two ranks only
+        line.open(name, "opening the channels of a pipeline")
+    if device.type != "cuda":
+        return {name: Channel(name, line, device) for name in names}
+    made = {}
+    for name in names:  # NCCL's own watchdog ends the process without a word; ours speaks first
+        limit = datetime.timedelta(seconds=2 * line.deadline + 60)
+        payloads = line.guard(
+            lambda limit=limit: dist.new_group(line.ranks, limit, "nccl", use_local_synchronization=True),
+            "opening the channels of a pipeline",
+        )
+        assert isinstance(payloads, dist.ProcessGroup)
+        made[name] = Channel(name, line, device, payloads, ordered=True)
+    connect(made, line.rank)
     return made
 
 
@@ -296,15 +283,14 @@ def connect(channels: dict[str, Channel], rank: int) -> None:
     """Open every pair's connection in one order, before any schedule runs. NCCL connects at the first message of a pair
     and holds up the host meanwhile, which a schedule does not allow for."""
     for channel in channels.values():
-        if channel.payloads is channel.headers:
-            continue
+        ranks = channel.line.ranks
         token = torch.zeros(1, device=channel.device)
-        ends = range(len(channel.ranks))
+        ends = range(len(ranks))
         for low, high in ((a, b) for a in ends for b in ends if a < b):
             for source, target in ((low, high), (high, low)):
                 if rank == source:
-                    dist.send(token, channel.ranks[target], group=channel.payloads)
+                    dist.send(token, ranks[target], group=channel.payloads)
                 elif rank == target:
-                    dist.recv(token, channel.ranks[source], group=channel.payloads)
+                    dist.recv(token, ranks[source], group=channel.payloads)
     if any(c.device.type == "cuda" for c in channels.values()):
         torch.cuda.synchronize()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ultraep_compile.exchange import line_of
+
 _BUCKET = 32 * 1024 * 1024  # bytes added up in one go
 
 
@@ -65,20 +67,21 @@ def _add_up(job: Reduction, bucket: Sequence[nn.Parameter]) -> None:
 def _sum(flat: Tensor, job: Reduction) -> None:
     """Add `flat` up over the ranks of a job. Some of a group's ranks do it by messages, the lowest adding in rank order: a
     group of their own would have to be made by all."""
+    line, what = line_of(job.group), "the sum of gradients over ranks"
     if not job.among:
-        dist.all_reduce(flat, group=job.group)
+        line.all_reduce(flat, what)
         return
-    first, *rest = (dist.get_global_rank(job.group, r) for r in job.among)
-    if dist.get_rank() != first:
-        dist.send(flat, first, group=job.group)
-        dist.recv(flat, first, group=job.group)
+    first, *rest = job.among
+    if line.rank != first:
+        line.pass_on(flat, first, True, what)
+        line.pass_on(flat, first, False, what)
         return
     other = torch.empty_like(flat)
     for rank in rest:
-        dist.recv(other, rank, group=job.group)
+        line.pass_on(other, rank, False, what)
         flat += other
     for rank in rest:
-        dist.send(flat, rank, group=job.group)
+        line.pass_on(flat, rank, True, what)
 
 
 def _like(p: nn.Parameter, value: Tensor) -> Tensor:

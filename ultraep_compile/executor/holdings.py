@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ultraep_compile.exchange import line_of
+from ultraep_compile.exchange.distributed_tensors import whole
 from ultraep_compile.multimodal.parts import Parts
 
 
@@ -83,23 +84,22 @@ def let_go(model: nn.Module, held: Iterable[nn.Parameter]) -> None:
             module._parameters[name] = empty[id(p)]
 
 
-def gather_state(
-    state: dict[str, Tensor], owners: dict[str, int], group: dist.ProcessGroup, rank: int
-) -> dict[str, Tensor]:
+def gather_state(state: dict[str, Tensor], owners: dict[str, int], group: dist.ProcessGroup) -> dict[str, Tensor]:
     """The whole model's tensors on pipeline rank 0, on the CPU; an empty dict elsewhere. Collective over the pipeline.
 
     `state`: every entry; those that other ranks hold on the meta device. What nobody owns (buffers) is rank 0's."""
-    ranks = dist.get_process_group_ranks(group)
-    whole: dict[str, Tensor] = {}
+    line, gathered = line_of(group), {}
+    if line.size > 1:
+        line.open("data", "the whole model's state")  # by all: messages go between two ranks only
     for name, tensor in state.items():
         owner = owners.get(name, 0)
-        if rank == owner:
-            value = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).cpu().contiguous()
-            if rank:
-                dist.send(value, ranks[0], group=group)
+        if line.rank == owner:
+            value = whole(tensor.detach(), f"the whole of {name}").cpu().contiguous()
+            if line.rank:
+                line.pass_on(value, 0, True, f"{name} on its way to rank 0")
             else:
-                whole[name] = value.clone()
-        elif rank == 0:
-            whole[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            dist.recv(whole[name], ranks[owner], group=group)
-    return whole
+                gathered[name] = value.clone()
+        elif line.rank == 0:
+            gathered[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            line.pass_on(gathered[name], owner, False, f"{name} on its way to rank 0")
+    return gathered

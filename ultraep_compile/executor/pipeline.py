@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ultraep_compile.backend import ultraep
 from ultraep_compile.decorator import take_options
-from ultraep_compile.errors import ArgumentError, OptionError, PeerTimeoutError, PipelineError, need_model
+from ultraep_compile.errors import ArgumentError, OptionError, PipelineError, need_model
+from ultraep_compile.exchange import at, failing, line_of
 from ultraep_compile.executor import gradients
 from ultraep_compile.executor.agreement import Facts, Shared, batch_facts, digest_of, disagreements, listed
-from ultraep_compile.executor.channels import communicators, forget
+from ultraep_compile.executor.channels import communicators
 from ultraep_compile.executor.costs import (
     Rates,
     estimated_rates,
@@ -153,8 +155,7 @@ class Pipeline:
         self.bind()
         if model is not None:
             let_go(model, self._bound.values())
-        self.communicators = communicators(self.group, self.device, settings.deadline)
-        self.control, self.channels = self.communicators.control, self.communicators.channels
+        self._connect()
         self.clock = Clock(self.device, settings.trace or settings.costs == "measured")
         self.steps = 0
         self.program: Program | None = None
@@ -232,28 +233,49 @@ class Pipeline:
         Raises: PipelineError if the ranks were given different things; PeerTimeoutError if one does not answer in time;
             PartsError if the batch does not divide.
         """
-        self._follow()
-        microbatches = self.parts.microbatches(batch, self.settings.microbatches)
-        program = self._program_for(microbatches, batch)
-        before = {p: p.grad for p in self._bound.values() if p.grad is not None}
-        for p in before:
-            p.grad = None
-        self.meter.start()
-        run = StepRun(program, self.units, self.channels, microbatches, self.steps, scale, self.clock)
-        try:
-            outcome = run.run()
-        except BaseException:
-            forget(self.communicators)
-            raise
-        gradients.reduce(self._reductions)
-        for p, old in before.items():
-            p.grad = old if p.grad is None else old.add_(p.grad)
+        with failing(), self._undone():
+            self._connect()
+            self._follow()
+            microbatches = self.parts.microbatches(batch, self.settings.microbatches)
+            program = self._program_for(microbatches, batch)
+            before = {p: p.grad for p in self._bound.values() if p.grad is not None}
+            for p in before:
+                p.grad = None
+            self.meter.start()
+            outcome = StepRun(
+                program, self.units, self.channels, microbatches, self.steps, scale, self.clock
+            ).run()
+            with at(phase="reduction"):
+                gradients.reduce(self._reductions)
+                if self.clock.on:
+                    self._after(program, microbatches)
+                loss, metrics = self._share(outcome.loss, outcome.metrics)
+            for p, old in before.items():
+                p.grad = old if p.grad is None else old.add_(p.grad)
         self.steps += 1
         self.program = program
-        if self.clock.on:
-            self._after(program, microbatches)
-        loss, metrics = self._share(outcome.loss, outcome.metrics)
         return StepResult(loss, metrics, dict(self.meter.peak))
+
+    def _connect(self) -> None:
+        """Have connections to the other ranks: at first, and again after a failure."""
+        self.channels = communicators(self.group, self.device, self.settings.deadline).channels
+        for group in self.outer_groups:
+            line_of(group).deadline = self.settings.deadline
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Of a step that fails nothing stays: gradients are as they were before it, activations are let go."""
+        before = [(p, p.grad) for p in self._bound.values()]
+        try:
+            yield
+        except BaseException:
+            for p, old in before:
+                p.grad = old
+            for unit in (*self.units.stages.values(), *self.units.encoders):
+                unit.let_go()
+            self.meter.held.clear()
+            self.meter.now = dict.fromkeys(self.meter.now, 0)
+            raise
 
     def prepare(self, batch: Mapping[str, Any]) -> None:
         """Plan the step of a batch in the background, beside the step that runs; `step` then finds the plan made.
@@ -301,19 +323,13 @@ class Pipeline:
     def _mean_over_pipelines(self, numbers: Sequence[float]) -> list[float]:
         table = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         for group in self.outer_groups:
-            dist.all_reduce(table, group=group)
+            line_of(group).all_reduce(table, "mean sizes over the pipelines")
             table /= group.size()
         return table.tolist()
 
     def _agree(self, program: Program, batch: Mapping[str, Any]) -> None:
         """Raise on every rank unless all have alike what they must. Also where every step begins at the same time."""
-        try:
-            odd = disagreements(self._alike(program, batch), self.control)
-        except RuntimeError as error:
-            raise PeerTimeoutError(
-                f"Rank {self.rank}: some rank of the pipeline did not begin step {self.steps} within "
-                f"{self.settings.deadline:g} s, or is gone. ({str(error).splitlines()[0]})"
-            ) from error
+        odd = disagreements(self._alike(program, batch), self.group)
         if not self._alike_beside and not odd:  # a pipeline of one rank
             odd = [("what is trained, beside other pipelines,", [self.rank])]
         by_ranks: dict[tuple[int, ...], list[str]] = {}
@@ -347,10 +363,10 @@ class Pipeline:
         row[0] = loss
         for n, (averaged, value) in enumerate(metrics):
             row[1 + n], row[1 + MOST_METRICS + n] = (1 if averaged else 2), value
-        dist.all_reduce(row, group=self.group)
+        line_of(self.group).all_reduce(row, "the loss of all ranks")
         kinds = row[1 : 1 + MOST_METRICS].tolist()
         for group in self.outer_groups:
-            dist.all_reduce(row, group=group)
+            line_of(group).all_reduce(row, "the mean loss of all pipelines")
             row[0] /= group.size()
             for n, kind in enumerate(kinds):
                 if kind == 1:
@@ -365,16 +381,16 @@ class Pipeline:
         mine = torch.zeros(1 + max(len(ops) for ops in program.schedule.ranks), 2, dtype=torch.float64)
         mine[0] = torch.tensor([self.clock.host, machine()])
         mine[1 : 1 + len(seconds)] = torch.tensor([[a, b] for _, a, b in seconds], dtype=torch.float64)
-        measured = timeline_of(program.schedule, _rows(mine, self.control).tolist())
+        measured = timeline_of(program.schedule, _rows(mine, self.group).tolist())
         split = self.settings.generator == "split"
         self.timeline = measured
         self.predicted = foretold(measured, self.parts, microbatches, self.rates, split)
-        if self.settings.costs == "measured" and self.steps == _MEASURED_STEP:
+        if self.settings.costs == "measured" and self.steps + 1 == _MEASURED_STEP:
             if not self.outer_groups:
                 self.rates = rates_of(measured, self.parts, microbatches, self.rates)
                 return
             mine = torch.tensor(measured_work(self.parts, microbatches, seconds), dtype=torch.float64)
-            summed = _rows(mine, self.control).sum(0).tolist()
+            summed = _rows(mine, self.group).sum(0).tolist()
             self.rates = measured_rates(self.rates, self._mean_over_pipelines(summed))
 
     def write_trace(self, path: str | Path) -> None:
@@ -420,7 +436,8 @@ class Pipeline:
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The unmodified model's whole state on the pipeline's rank 0, on the CPU; empty elsewhere. Collective."""
-        return gather_state(self._whole(), self.held.owners, self.control, self.rank)
+        with failing(), at(phase="save"):
+            return gather_state(self._whole(), self.held.owners, self.group)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's part out of the unmodified model's state (or of a part of it that has all this rank holds)."""
@@ -446,9 +463,8 @@ class Pipeline:
 
 def _rows(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's tensor, [R, ...]."""
-    rows = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(rows, mine, group=group)
-    return torch.stack(rows)
+    line = line_of(group)
+    return torch.tensor(line.gather_objects(mine.tolist(), "what every rank measured"), dtype=mine.dtype)
 
 
 def _common_modules(model: nn.Module | None, parts: Parts) -> list[nn.Module]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ultraep_compile.errors import PipelineError
+from ultraep_compile.exchange import at
 from ultraep_compile.executor.channels import Channel
 from ultraep_compile.executor.program import Program
 from ultraep_compile.executor.units import EncoderUnit, Features, GeneratorUnit, Item, StageUnit, leaf, to_device
@@ -18,6 +19,10 @@ from ultraep_compile.multimodal.parts import Microbatch
 from ultraep_compile.schedules import Message, Op
 
 Grads = tuple[Tensor | None, ...]
+_DOING = {
+    "EF": "forward of encoder {}", "EB": "backward of encoder {}", "G": "generator {}", "F": "forward of stage {}",
+    "B": "backward of stage {}", "I": "input backward of stage {}", "W": "weight backward of stage {}",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -117,9 +122,12 @@ class StepRun:
                     channel.send(action.message, self.outbox.pop(action.message), self.step)
                 continue
             for message in self.program.needs.get(action, ()):
-                self.arrived(message, self.channels[message.channel].take(message, self.step, action))
+                with at(phase=_DOING[action.kind].format(action.stage), microbatch=message.microbatch):
+                    value = self.channels[message.channel].take(message, self.step, action)
+                self.arrived(message, value)
             began = self.clock.now() if self.clock.on else None
-            self.run_op[action.kind](action)
+            with at(phase=_DOING[action.kind].format(action.stage), microbatch=action.microbatch):
+                self.run_op[action.kind](action)
             if self.clock.on:
                 self.clock.marks.append((action, began, self.clock.now()))
         for channel in self.channels.values():

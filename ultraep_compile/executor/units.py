@@ -164,6 +164,10 @@ class StageUnit:
         groups = input_backward(outputs, given, leaves, self.parameters)
         return lambda: weight_backward(self.parameters, groups)
 
+    def let_go(self) -> None:
+        """Forget what waits for a backward that does not come."""
+        self.held.clear()
+
     def _synchronise(self, last: bool) -> None:
         for module in self.inner:
             if isinstance(module, FSDPModule):
@@ -222,6 +226,11 @@ class EncoderUnit:
             whole_backward(outputs, given)
         for key in grads:
             self.meter.release("encoder", (self.name, key))
+
+    def let_go(self) -> None:
+        """Forget what waits for a backward that does not come."""
+        self.held.clear()
+        self.inputs.clear()
 
     def _counted(self, key: Item, item: dict[str, Any]) -> tuple[Any, ...]:
         with self.meter.holding("encoder", (self.name, key)):
