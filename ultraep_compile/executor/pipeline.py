@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ultraep_compile.backend import ultraep
 from ultraep_compile.decorator import take_options
@@ -313,12 +315,33 @@ class Pipeline:
             )
         means: list[float] | None = None
         if self.outer_groups:
+            self._check_sharded_items(microbatches)
             told = digest_of(self._trained) % 2**20  # small, so that sums of squares over all pipelines are exact
             *table, mean, square = self._mean_over_pipelines([*step_sizes(self.parts, microbatches), told, told**2])
             means = [float(f"{x:.3g}") for x in table]
             self._alike_beside = mean == told and square == told**2
         split = self.settings.generator == "split"
         return make_problem(self.parts, microbatches, self.rates, self.stage_rank, split, means)
+
+    def _check_sharded_items(self, microbatches: Sequence[Microbatch]) -> None:
+        """Raise on every rank unless the ranks that share an encoder's (or a generator's) weights run it equally often.
+
+        Each of its calls gathers weights from all of them: one that has fewer items would leave the others waiting.
+        """
+        for unit in (*self.units.encoders, *self.units.generators):
+            sharded = any(isinstance(m, FSDPModule) for m in unit.module.modules())  # its parameters may be gathered just now
+            if not sharded and not any(isinstance(p, DTensor) for p in unit.module.parameters()):
+                continue
+            mine = [len(mb.items.get(unit.name, ())) for mb in microbatches]
+            for group in self.outer_groups:
+                every = line_of(group).gather_objects(mine, f"the numbers of items of {unit.name!r}")
+                if any(counts != mine for counts in every):
+                    kind = "encoder" if isinstance(unit, EncoderUnit) else "generator"
+                    raise PipelineError(
+                        f"The {kind} {unit.name!r} is sharded (fully_shard) over data-parallel pipelines that have different numbers of "
+                        f"items for it, by microbatch {'; '.join(map(str, every[:4]))}. Every call gathers its weights from all of "
+                        f"them: give each pipeline equally many items in every microbatch, or leave the {kind} unsharded."
+                    )
 
     def _mean_over_pipelines(self, numbers: Sequence[float]) -> list[float]:
         table = torch.tensor(numbers, dtype=torch.float64, device=self.device)
