@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.probes import resized
-from ultraep_compile.ladder.recording import Call
+from ultraep_compile.ladder.recording import Call, author_forward
 from ultraep_compile.ladder.together import ALONE, Ranks, local
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -60,7 +60,8 @@ def check(
         dtype: in which the experts compute, perhaps a less precise one than that of outputs and parameters.
     Raises: Refusal that says what differs.
     """
-    owner_call = lambda *a, **k: type(owner).forward(owner, *a, **k)  # noqa: E731
+    author = author_forward(owner)
+    owner_call = lambda *a, **k: author(owner, *a, **k)  # noqa: E731
     probes = [(lead, seed, False) for lead, seed in zip(leads, itertools.cycle(seeds), strict=False)]
     checked = 0
     skewed_ones = [*((leads[0], seed, True) for seed in seeds), (leads[-1], seeds[0], True)]

@@ -283,15 +283,16 @@ def _installed(
         owner = model.get_submodule(here)
         facts: LayerFacts = layer.facts
         parameters = tuple(f"{here}.{n}" if here else n for n in facts.parameters)
+        states = [(lift, lift.reads) for lift in layer.lifts.values()]
         try:
             if each is not first:
                 with lent(owner), unsharded(model, here):
-                    recheck(owner, layer, calls.first[path], calls.ranks_of(path))
+                    states = recheck(owner, layer, calls.first[path], calls.ranks_of(path))
         except Refusal as reason:
             yield Finding(here, "missed", str(reason), parameters, facts.experts)
             continue
         if lifted_layer(owner) is None:
-            install(owner, layer)
+            install(owner, layer, here, states)
         if facts.counted:
             keep_counts(model.get_submodule(_caller(here, path, calls)))
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)

@@ -54,15 +54,15 @@ def own_forward(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: d
     if division_of(module) is None:
         return base.forward(module, *args, **kwargs)
     if torch.compiler.is_compiling():
-        return _gathered_forward(base, module, args, kwargs)  # pyright: ignore[reportCallIssue]
+        return eager_forward(base, module, args, kwargs)  # pyright: ignore[reportCallIssue]
     with gathered(module):
         return base.forward(module, *args, **kwargs)
 
 
 @torch.compiler.disable
-def _gathered_forward(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    with gathered(module):
-        return base.forward(module, *args, **kwargs)
+def eager_forward(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The same, whoever compiles around it."""
+    return own_forward(base, module, args, kwargs)
 
 
 @contextlib.contextmanager
@@ -86,6 +86,21 @@ def gathered(module: nn.Module) -> Iterator[None]:
     finally:
         for name, (holder, last) in places.items():
             holder[last] = before[name]
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """The same for a look at a module: all experts are parameters of their own, with gradients that go nowhere else."""
+    if division_of(module) is None:
+        yield
+        return
+    with torch.no_grad(), gathered(module):
+        for names in (*division_of(module).lists, division_of(module).stacks):  # pyright: ignore
+            for name in names:
+                holder, last = _place(module, name)
+                holder[last] = nn.Parameter(holder[last].detach().clone())
+        with torch.enable_grad():
+            yield
 
 
 def _held(module: nn.Module, path: str) -> Tensor:

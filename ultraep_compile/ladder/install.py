@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
 from torch.autograd import forward_ad
 
-from ultraep_compile.ladder.divided import division_of, own_forward
-from ultraep_compile.ladder.recording import Call, is_sizes
+from ultraep_compile.ladder.divided import division_of, eager_forward, own_forward
+from ultraep_compile.ladder.groups import Siblings
+from ultraep_compile.ladder.guards import Reads
+from ultraep_compile.ladder.recording import Call, author_forward, is_sizes
+from ultraep_compile.ladder.standing import EAGER, STANDING, Standing, choice, choice_for, look
+from ultraep_compile.ladder.together import Ranks
 from ultraep_compile.passes.lift.values import Refusal
 
 
@@ -46,14 +51,32 @@ class LayerFacts:
         return tuple(itertools.chain(*self.holders))
 
 
+@dataclass(frozen=True, slots=True)
+class Lift:
+    """One new forward of a module, and what it rests on."""
+
+    function: Callable
+    source: str
+    facts: LayerFacts
+    reads: Reads
+    """What Python read on the way, in the module that was recorded."""
+
+
 @dataclass(slots=True)
 class LiftedLayer:
-    """New forwards of one module, by training mode."""
+    """New forwards of modules that are alike."""
 
     facts: LayerFacts
-    functions: dict[bool, Callable]
+    """Of the forward in the mode that the module was in."""
+    lifts: dict[bool, Lift]
+    """As `prepare` found them, by training mode."""
     pattern: Pattern
-    sources: dict[bool, str]
+    call: Call
+    """An example, small where its values do not matter."""
+    group: Siblings | None
+    ranks: Ranks
+    forwards: type = field(default_factory=lambda: type("Forwards", (), {}))
+    """All new forwards, under names that a compiler takes for constants."""
     code: CodeType | None = None
     """Of the forward of all modules that this was installed in."""
 
@@ -70,7 +93,7 @@ class Pattern:
 
     @classmethod
     def of(cls, owner: nn.Module, call: Call) -> Pattern:
-        signature = inspect.signature(type(owner).forward)
+        signature = inspect.signature(author_forward(owner))
         plain = [p for p in list(signature.parameters.values())[1:] if p.kind is not p.VAR_POSITIONAL]
         names = tuple(p.name for p in plain if p.kind is not p.KEYWORD_ONLY and p.kind is not p.VAR_KEYWORD)
         defaults = {p.name: p.default for p in plain if p.default is not p.empty}
@@ -118,22 +141,37 @@ def _kind(value: Any) -> tuple[str, Any]:
 _LAYER = "_ultraep_lifted_layer"
 
 
-def install(owner: nn.Module, layer: LiftedLayer) -> None:
-    """Give a module a class of its own whose forward, under a compiler, is the lifted one. Nothing else changes."""
-    base = type(owner)
+def install(owner: nn.Module, layer: LiftedLayer, name: str, states: Sequence[tuple[Lift, Reads]]) -> None:
+    """Give a module a class of its own whose forward, under a compiler, is a lifted one. Nothing else changes.
+
+    Args:
+        name: path of the module, for messages.
+        states: forwards, each with what this module's own forward read while Python's state was the one that it is good for.
+    """
+    base, forwards = type(owner), layer.forwards
+    standing = Standing(name or base.__name__, layer, [])
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and self.training in layer.functions and _is_ordinary():
+        if torch.compiler.is_compiling() and _is_ordinary():
             tensors = layer.pattern.inputs(args, kwargs)
-            hooked = layer.facts.ranks == 1 and hooked_module(self, layer.facts.parameters)
-            if tensors is not None and not hooked and _good_for(layer.facts, tensors):
-                return layer.functions[self.training](self, *tensors)
+            if tensors is not None:
+                if torch.compiler.is_dynamo_compiling():
+                    comptime(look)
+                    chosen = choice(tuple([t.dtype for t in tensors]))
+                else:
+                    chosen = choice_for(self, tuple([t.dtype for t in tensors]))
+                if chosen == EAGER:
+                    return eager_forward(base, self, args, kwargs)  # pyright: ignore[reportCallIssue]
+                if chosen and _good_for(getattr(forwards, chosen), tensors):
+                    return getattr(forwards, chosen).function(self, *tensors)
         return own_forward(base, self, args, kwargs)
 
     # Compiled graphs are counted by code object: layers of one kind share theirs, others must not use up its limit.
     layer.code = layer.code or forward.__code__.replace()
     forward.__code__ = layer.code
-    swap_class(owner, {"forward": forward, _LAYER: layer})
+    for lift, reads in states:
+        standing.add(lift, reads, tuple(t.dtype for t in layer.call.inputs()))
+    swap_class(owner, {"forward": forward, _LAYER: layer, STANDING: standing})
 
 
 @torch.compiler.assume_constant_result  # asked while tracing; Dynamo's own guards compile again where it changes
@@ -177,21 +215,9 @@ def lifted_layer(module: nn.Module) -> LiftedLayer | None:
     return getattr(type(module), _LAYER, None)
 
 
-def hooked_module(owner: nn.Module, parameters: Iterable[str]) -> str:
-    """A module between the layer and its experts' parameters that has hooks, "" if there is none. Layers that are divided over
-    ranks may exchange rows in theirs.
-    """
-    paths = {".".join(parts[:n]) for p in parameters for parts in [p.split(".")] for n in range(1, len(parts))}
-    for path in sorted(paths):
-        module = owner.get_submodule(path)
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return path
-    return ""
-
-
-def _good_for(facts: LayerFacts, tensors: list[Tensor]) -> bool:
-    if facts.most is not None:
+def _good_for(forward: Any, tensors: list[Tensor]) -> bool:
+    if forward.most is not None:
         states = next(t for t in tensors if t.is_floating_point() and t.dim() >= 2)
-        if states.numel() // states.shape[-1] > facts.most:
+        if states.numel() // states.shape[-1] > forward.most:
             return False
-    return facts.lead is None or any(tuple(t.shape[:-1]) == facts.lead for t in tensors)
+    return forward.lead is None or any(tuple(t.shape[:-1]) == forward.lead for t in tensors)

@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 
 from ultraep_compile.ladder.analysis import Analysis, analyse, is_full, stays_full, unreached_bound
 from ultraep_compile.ladder.check import SEEDS, check, in_mode
-from ultraep_compile.ladder.groups import Siblings, with_lists_beside
-from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, Pattern, hooked_module
+from ultraep_compile.ladder.divided import whole
+from ultraep_compile.ladder.groups import Siblings, siblings, with_lists_beside
+from ultraep_compile.ladder.guards import Reads
+from ultraep_compile.ladder.install import LayerFacts, Lift, LiftedLayer, Pattern
 from ultraep_compile.ladder.lifted import caller, reference_caller
-from ultraep_compile.ladder.probes import deviation, main_input, more_leads, probe_leads, resized
+from ultraep_compile.ladder.probes import deviation, main_input, more_leads, probe_leads, resized, small
 from ultraep_compile.ladder.recording import Call, Recording, record
 from ultraep_compile.ladder.regions import (
     ALL,
@@ -30,6 +32,7 @@ from ultraep_compile.ladder.regions import (
 from ultraep_compile.ladder.replay import Replay
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.ladder.sources import Sources, common_sources, sources
+from ultraep_compile.ladder.standing import hooked_module
 from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, local
 from ultraep_compile.passes.lift.called import LiftedExperts
 from ultraep_compile.passes.lift.nodes import op_name
@@ -55,23 +58,57 @@ def lift_layer(
         raise Refusal("its forward was replaced on the instance")
     pattern = Pattern.of(owner, call)
     with in_mode(owner, owner.training):
-        function, text, facts = _lift(owner, name, call, group, ranks)
-    layer = LiftedLayer(facts, {owner.training: function}, pattern, {owner.training: text})
+        first = _lift(owner, name, call, group, ranks)
+    layer = LiftedLayer(first.facts, {owner.training: first}, pattern, small(call), group, ranks)
     try:
         with in_mode(owner, not owner.training):
-            function, text, there = _lift(owner, name, call, group, ranks)
+            other = _lift(owner, name, call, group, ranks)
     except Refusal as reason:
         log.info("%s stays as it is with training=%s: %s", name, not owner.training, reason)
     else:
-        layer.functions[not owner.training], layer.sources[not owner.training] = function, text
-        facts.lead = facts.lead or there.lead
-        facts.most = min((m for m in (facts.most, there.most) if m is not None), default=None)
+        layer.lifts[not owner.training] = other
+        for facts in (first.facts, other.facts):
+            facts.lead = first.facts.lead or other.facts.lead
+            facts.most = min((m for m in (first.facts.most, other.facts.most) if m is not None), default=None)
     return layer
+
+
+def lift_again(
+    owner: nn.Module, name: str, layer: LiftedLayer, kinds: tuple[torch.dtype, ...]
+) -> tuple[Lift | None, Reads, str]:
+    """A new forward of a lifted module in the state that it is in now, what that reads, and why there is none.
+
+    Args:
+        kinds: dtypes of the tensors that its forward is given.
+    """
+    given = [t.to(k) for t, k in zip(layer.call.tensors(), kinds, strict=False)]
+    call = layer.call.with_tensors([t.to(_device_of(owner, t)) for t in given])
+    with whole(owner):
+        try:
+            lift = _lift(owner, name, call, _group_now(owner, layer.group), layer.ranks)
+        except Refusal as reason:
+            reads = Reads(owner)
+            with contextlib.suppress(Exception):
+                record(owner, resized(call, tuple(main_input(call).shape[:-1]), 0), {}, reads=reads)
+            return None, reads, str(reason)
+    return lift, lift.reads, ""
+
+
+def _device_of(owner: nn.Module, tensor: Tensor) -> torch.device:
+    return next((p.device for p in owner.parameters()), tensor.device)
+
+
+def _group_now(owner: nn.Module, before: Siblings | None) -> Siblings | None:
+    """The experts that stand where others stood: some may have come or gone, or have other parameters."""
+    if before is None or before.container not in dict(owner.named_modules()):
+        return before
+    now = [g for g in siblings(owner) if g.container == before.container]
+    return max(now, key=lambda g: len(set(g.names) & set(before.names)), default=before)
 
 
 def _lift(
     owner: nn.Module, name: str, call: Call, group: Siblings | None, ranks: Ranks
-) -> tuple[Callable, str, LayerFacts]:
+) -> Lift:
     leads = ranks.every(probe_leads(call, (len(group.names) if group else _leading(owner)) * ranks.size))[0]
     problem: Refusal | None = None
     plain = _ways(owner, call, group, leads[0], ranks)
@@ -93,9 +130,9 @@ def _lift(
     if isinstance(problem, Missed) and ranks.size == 1:  # sizes that Python computes: good for the numbers of tokens that were seen
         own = tuple(main_input(call).shape[:-1])
         with contextlib.suppress(Refusal):
-            function, text, facts = _attempt(owner, name, call, plain[0], [own] * 4, ranks)
-            facts.lead = own
-            return function, text, facts
+            lift = _attempt(owner, name, call, plain[0], [own] * 4, ranks)
+            lift.facts.lead = own
+            return lift
     raise problem
 
 
@@ -131,10 +168,12 @@ def _ways(owner: nn.Module, call: Call, group: Siblings | None, lead: tuple[int,
 
 def _attempt(
     owner, name, call, way: _Way, leads, ranks: Ranks, gain=1.0, more=()
-) -> tuple[Callable, str, LayerFacts]:
+) -> Lift:
     recorded = [*leads[:2], *more]
+    reads = Reads(owner, way.leaves.values())
     recordings = [
-        record(owner, resized(call, lead, seed, gain=gain, rank=ranks.rank), way.leaves) for seed, lead in enumerate(recorded)
+        record(owner, resized(call, lead, seed, gain=gain, rank=ranks.rank), way.leaves, reads=reads)
+        for seed, lead in enumerate(recorded)
     ]
     first = recordings[0]
     _judge_exchanges(first, ranks)
@@ -145,7 +184,10 @@ def _attempt(
     problem: Refusal | None = None
     for found in analyse(first, parts, tokens, ranks):
         try:
-            return _with_sources(owner, name, call, way, recordings, found, [*leads[:-1], *more[:2], leads[-1]], ranks)
+            if why := reads.writes(exchanging=ranks.size > 1):
+                raise Missed(why)
+            made = _with_sources(owner, name, call, way, recordings, found, [*leads[:-1], *more[:2], leads[-1]], ranks)
+            return Lift(*made, reads)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else problem or reason
     assert problem is not None
@@ -329,13 +371,21 @@ def _is_flat(module: nn.Module) -> bool:
     )
 
 
-def recheck(owner: nn.Module, layer: LiftedLayer, call: Call, ranks: Ranks = ALONE) -> None:
-    """The check of `lift_layer` for another module of the same make."""
+def recheck(owner: nn.Module, layer: LiftedLayer, call: Call, ranks: Ranks = ALONE) -> list[tuple[Lift, Reads]]:
+    """The check of `lift_layer` for another module of the same make: its forwards, each with what this module reads."""
     assert layer.facts.experts is not None
     leads = ranks.every(probe_leads(call, layer.facts.experts))[0]
-    for training, function in layer.functions.items():
+    states = []
+    for training, lift in layer.lifts.items():
         with in_mode(owner, training):
-            check(owner, function, call, leads, seeds=SEEDS[:1], ranks=ranks, dtype=layer.facts.dtype)
+            modules = dict(owner.named_modules())
+            reads = Reads(owner, lift.reads.around)
+            record(owner, resized(call, leads[0], 0, rank=ranks.rank), {modules[p]: p for p in reads.around}, reads=reads)
+            if why := reads.writes(exchanging=ranks.size > 1):
+                raise Missed(why)
+            check(owner, lift.function, call, leads, seeds=SEEDS[:1], ranks=ranks, dtype=lift.facts.dtype)
+        states.append((lift, reads))
+    return states
 
 
 def routed_product(owner: nn.Module, call: Call, parameters: set[str]) -> str:

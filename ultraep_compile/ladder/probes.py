@@ -63,6 +63,14 @@ def resized(
     return call.with_tensors(made).with_sizes(sizes)
 
 
+def small(call: Call) -> Call:
+    """A call that is good for `resized` as this one is, but holds one row of token states for all: only their size matters."""
+    states = main_input(call)
+    row = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0)) * deviation(call)
+    row = row.to(states.device, states.dtype)
+    return call.with_tensors([row.expand(t.shape) if t is states else t.detach().clone() for t in call.tensors()])
+
+
 def deviation(call: Call) -> float:
     """Standard deviation of the token states."""
     return float(main_input(call).float().std()) or 1.0

@@ -22,9 +22,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.explicit import explicit
+from ultraep_compile.ladder.guards import Reads, own_class
 from ultraep_compile.ladder.together import is_repeatable, noticed, reduced, reduction_of
 from ultraep_compile.passes.lift.values import Refusal
 
+_NUMBERS = frozenset({
+    "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose", "is_nonzero", "__contains__",
+})  # fmt: skip
+"""Functions that tell Python what is in a tensor."""
 _UNRECORDED = frozenset({"size", "dim", "stride", "numel", "backward", "requires_grad_", "storage_offset", "data_ptr"})
 
 
@@ -82,28 +87,38 @@ class Recording:
     """Collectives of several ranks, by name. The node that contains one has it in its `meta["exchange"]`."""
 
 
-def record(owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int = 0) -> Recording:
-    """Run `owner.forward` once.
+def record(
+    owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int = 0, reads: Reads | None = None
+) -> Recording:
+    """Run `owner.forward` once. What it changes in Python is afterwards as it was.
 
     Args:
         leaves: modules to record as one node (by their path), because nothing inside is of interest.
+        reads: where to note what Python reads and writes.
     """
     call = call.with_tensors([_live(t) for t in call.tensors()])
-    recorder = _Recorder(owner, call)
+    reads = reads or Reads(owner, leaves.values())
+    recorder = _Recorder(owner, call, reads)
     before = _attributes(owner)
     devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
-        torch.manual_seed(seed)
-        result = type(owner).forward(owner, *call.args, **call.kwargs)
     stored = {}
-    for path, value in _attributes(owner).items():
-        if before.get(path) is not value and id(value) in recorder.env:
-            stored[path] = recorder.env[id(value)]
+    with reads.watching(lambda: recorder.paused > 0, leaves):
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
+            torch.manual_seed(seed)
+            result = author_forward(owner)(owner, *call.args, **call.kwargs)
+        for path, value in _attributes(owner).items():
+            if before.get(path) is not value and id(value) in recorder.env:
+                stored[path] = recorder.env[id(value)]
     _restore(owner, before)
     output = pytree.tree_map(lambda t: recorder.node_of(t) if isinstance(t, Tensor) else t, result)
     return Recording(
         recorder.graph, recorder.values, recorder.raw, owner, recorder.inputs, output, stored, recorder.exchanges
     )
+
+
+def author_forward(owner: nn.Module) -> Any:
+    """The forward of the module's own class, whatever this package has put before it."""
+    return own_class(type(owner)).forward
 
 
 def _live(tensor: Tensor) -> Tensor:
@@ -133,8 +148,9 @@ def _restore(owner: nn.Module, before: dict[str, Any]) -> None:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, owner: nn.Module, call: Call) -> None:
+    def __init__(self, owner: nn.Module, call: Call, reads: Reads) -> None:
         super().__init__()
+        self.reads = reads
         self.graph, self.env, self.alive = fx.Graph(), {}, []
         self.values: dict[fx.Node, Any] = {}
         self.raw: dict[fx.Node, Tensor] = {}
@@ -216,7 +232,31 @@ class _Recorder(TorchFunctionMode):
                 node = self._emit(*_target(func, name, args), kwargs, out)
             if functional:
                 node.meta["exchange"] = name
+        elif name in _NUMBERS:
+            self._note_numbers(args)
         return out
+
+    def _note_numbers(self, args: Any) -> None:
+        """Python was told numbers: where they come from what the module holds alone, nothing but these tells others."""
+        todo, held = [], dict[str, Tensor]()
+        for tensor in (t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
+            if id(tensor) in self.env:
+                todo.append(self.env[id(tensor)])
+            elif path := self.names.get(id(tensor)) or self.plain.get(id(tensor)):
+                held[path] = tensor
+        seen = set[fx.Node]()
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.op in ("placeholder", "call_module"):
+                return  # numbers of the batch
+            if node.op == "get_attr" and not node.meta.get("foreign"):
+                held[str(node.target)] = self.raw[node]
+            todo += node.all_input_nodes
+        for path, tensor in held.items():
+            self.reads.numbers(path, tensor)
 
     @contextlib.contextmanager
     def around(self, leaves: dict[nn.Module, str]) -> Iterator[None]:

@@ -1,0 +1,3 @@
+"""A module whose attributes a forward reads."""
+
+GAIN = 1.0

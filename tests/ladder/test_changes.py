@@ -1,0 +1,127 @@
+"""Nothing that Python reads in a lifted forward may change without anybody noticing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ultraep_compile
+from tests.ladder.changing import CHANGES, Reader, Swapped, difference, set_at, twins
+from ultraep_compile.ladder.install import lifted_layer
+from ultraep_compile.ladder.standing import state_digest
+from ultraep_compile.preparation import findings_of
+
+X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
+QUICK = {"attribute", "nested dict", "closure", "hook inside an expert"}
+ALIKE = {"dropout's own mode", "frozen", "dtype", "tied", "experts swapped", "weight norm"}
+"""Changes that the output does not show, or only by what there was to change."""
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CHANGES])
+def test_a_change_after_compiling_is_noticed(name: str) -> None:
+    torch._dynamo.reset()
+    change = CHANGES[name]
+    plain, ours = twins(Reader(), X)
+    assert difference(plain, ours, X) == ""
+    before = plain(X).detach()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            change(plain)
+            if not isinstance(change, Swapped):  # of both at once
+                change(ours)
+            x = X.to(next(plain.parameters()).dtype)
+            assert difference(plain, ours, x) == ""
+            assert difference(plain, ours, x) == ""
+        if name not in ALIKE:
+            assert not torch.allclose(before, plain(X)), "a change that changes nothing shows nothing"
+    finally:
+        if isinstance(change, Swapped):
+            change.undo()
+
+
+def test_a_state_that_comes_back_uses_its_graph_again(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    plain, ours = twins(Reader(), X, expect_moe_sites=1)
+    caplog.set_level(logging.INFO, "ultraep_compile.ladder.standing")
+    digests, graphs = set(), []
+    for turn in range(6):
+        for model in (plain, ours):
+            model.temperature = (1.0, 0.3)[turn % 2]
+        assert difference(plain, ours, X) == ""
+        digests.add(state_digest(ours))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert [n - graphs[0] for n in graphs] == [0, 1, 1, 1, 1, 1]
+    assert len(digests) == 2
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == "Reader is lifted anew: temperature was 1.0 and is 0.3"
+
+
+def test_what_cannot_be_lifted_anew_runs_as_it_is_and_says_why() -> None:
+    torch._dynamo.reset()
+    plain, ours = twins(Reader(), X)
+    assert difference(plain, ours, X) == ""
+    for model in (plain, ours):
+        model.experts[2].residual = True  # not alike any more
+    with pytest.warns(
+        UserWarning, match=r"Reader runs unbalanced: experts.2.residual was False and is True since it was prepared"
+    ):
+        assert difference(plain, ours, X) == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert difference(plain, ours, X) == ""
+
+
+class Counting(Reader):
+    """Writes in Python: a counter that steers the forward, or one that nobody reads."""
+
+    def __init__(self, steers: bool) -> None:
+        super().__init__()
+        self.calls, self.steers, self.seen = 0, steers, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(tuple(x.shape))
+        y = super().forward(x)
+        return y * 2 if self.steers and self.calls > 3 else y
+
+
+@pytest.mark.parametrize("steers", [True, False])
+def test_what_the_forward_writes_in_python_is_not_lost(steers: bool) -> None:
+    torch._dynamo.reset()
+    plain = Counting(steers)
+    ours = Counting(steers)
+    ultraep_compile.prepare(ours, (X,))
+    assert lifted_layer(ours) is None
+    (finding,) = findings_of(ours)
+    assert finding.rung == "missed" and "writes calls in Python (from" in finding.reason
+    assert len(ours.seen) == ours.calls == 1, "only the warm-up has run the model's forward for good"
+    ours.calls, ours.seen = 0, []
+    ours.compile(backend="aot_eager")
+    for _ in range(5):
+        assert difference(plain, ours, X) == ""
+    assert plain.calls == ours.calls and plain.seen == ours.seen
+
+
+class Around(nn.Module):
+    """Sets what the layer reads in the same graph, before it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.coldest = Reader(), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer.temperature = self.coldest * 0.5
+        return self.layer(x)
+
+
+def test_an_attribute_that_the_model_sets_while_it_runs() -> None:
+    torch._dynamo.reset()
+    plain, ours = twins(Around(), X)
+    for coldest in (1.0, 0.3, 1.0):
+        set_at("coldest", coldest)(plain), set_at("coldest", coldest)(ours)
+        assert difference(plain, ours, X) == ""

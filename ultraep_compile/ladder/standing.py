@@ -1,0 +1,293 @@
+"""Which of its lifted forwards a module may use now, and new ones for states of Python that it was not recorded in.
+
+Under Dynamo the forward of a lifted module asks `choice` while it is traced. What was chosen holds for as long as all that its
+recording read is as it was, so `look` gives Dynamo a guard that compares. When it fails, Dynamo traces again, and the choice is
+another: an earlier state is recognised; for a new one the module is recorded, lifted and proven anew, eagerly and once; where
+that cannot be done its own forward runs, with one warning that says what has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._dynamo.guards import install_guard
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ultraep_compile.errors import UltraEPError
+from ultraep_compile.ladder.guards import HOOKS, Reads, hooks_of
+
+if TYPE_CHECKING:
+    from ultraep_compile.ladder.install import Lift, LiftedLayer
+
+log = logging.getLogger(__name__)
+STANDING = "_ultraep_standing"
+EAGER = "eager"
+"""For `choice`: the module's own forward, uncompiled. Dynamo does not look whether all modules that share a graph have hooks."""
+_STATES = 8
+"""Of one module that have a forward: beyond these, other states run the module's own."""
+_ATTEMPTS = 16
+"""To lift one module anew, in its life."""
+
+
+@dataclasses.dataclass(slots=True, weakref_slot=True)
+class State:
+    """A state of Python that a module was seen in."""
+
+    reads: Reads
+    kinds: tuple[torch.dtype, ...]
+    """Of the tensors that its forward was given."""
+    forward: str
+    """Name in `LiftedLayer.forwards`; "" where the module's own runs."""
+    reason: str = ""
+    """Why it does."""
+
+
+@dataclasses.dataclass(slots=True)
+class Standing:
+    """What is known of one module: the states that it was in, the latest first."""
+
+    name: str
+    layer: LiftedLayer
+    states: list[State]
+    attempts: int = 0
+    warned: set[str] = dataclasses.field(default_factory=set)
+
+    def add(self, lift: Lift, reads: Reads, kinds: tuple[torch.dtype, ...]) -> State:
+        forwards = self.layer.forwards
+        found = next(
+            (n for n, f in vars(forwards).items() if isinstance(f, Forward) and f.function is lift.function), None
+        )
+        if found is None:
+            found = f"forward_{len(vars(forwards))}"
+            facts = lift.facts
+            setattr(forwards, found, Forward(lift.function, facts.lead, facts.most, facts.parameters, facts.ranks))
+        self.states.insert(0, State(reads, kinds, found))
+        return self.states[0]
+
+    def warn(self, text: str) -> None:
+        """Once for each text."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(f"ultraep: {text}", stacklevel=2)
+
+
+class Forward:
+    """A lifted forward: `function(module, *tensors)`, and the batches that it is good for."""
+
+    def __init__(
+        self,
+        function: Callable,
+        lead: tuple[int, ...] | None,
+        most: int | None,
+        parameters: tuple[str, ...],
+        ranks: int,
+    ) -> None:
+        self.function, self.lead, self.most, self.parameters, self.ranks = function, lead, most, parameters, ranks
+
+
+def standing_of(module: nn.Module) -> Standing | None:
+    return getattr(type(module), STANDING, None)
+
+
+def state_digest(module: nn.Module) -> int:
+    """What Python's state is to a lifted module, as a number of 63 bits: equal on all ranks that may run it together.
+
+    0 for modules that are not lifted, 1 for one in a state that it was never recorded in.
+    """
+    standing = standing_of(module)
+    if standing is None:
+        return 0
+    state = next((s for s in standing.states if s.reads.hold()), None)
+    return 1 if state is None else state.reads.digest()
+
+
+# ---- while Dynamo traces ---------------------------------------------------------------------------------------------
+
+_now = threading.local()
+
+
+def look(ctx: Any) -> None:
+    """Note which module is being traced, and have Dynamo ask `_Guard` before it uses what comes of it. A comptime function."""
+    _now.guard, _now.owner = None, None
+    try:
+        variable = ctx.get_local("self")._i_will_not_complain_if_bc_breaks_VariableTracker()
+        variable = variable.realize() if hasattr(variable, "realize") else variable
+        guard = _Guard(variable.value)
+
+        def create(builder: Any, noted: Any) -> None:
+            guard.install(builder.get_guard_manager(noted))
+
+        install_guard(variable.source.make_guard(create))
+        guard.pending = _pending(ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator())
+        _now.guard, _now.owner = guard, variable.value
+    except (AttributeError, TypeError) as reason:  # another Dynamo: better unbalanced than with nobody to look
+        log.warning("lifted layers run as they are: this torch does not let us add a guard (%s)", reason)
+
+
+def _pending(tracer: Any) -> set[tuple[int, str]]:
+    """Attributes that the traced code has set so far: Dynamo sets them after the graph, the objects have the old ones."""
+    mutations = tracer.output.side_effects.store_attr_mutations
+    return {(id(getattr(v, "value", None)), str(name)) for v, names in mutations.items() for name in names}
+
+
+@torch.compiler.assume_constant_result
+def choice(kinds: tuple[torch.dtype, ...]) -> str:
+    """Name of the forward for the module that `look` saw, "" for its own."""
+    guard = _now.guard
+    return "" if guard is None else guard.choose(kinds)
+
+
+def choice_for(owner: nn.Module, kinds: tuple[torch.dtype, ...]) -> str:
+    """The same where no Dynamo traces: an export, which is of the state that it finds."""
+    return _Guard(owner).choose(kinds)
+
+
+class _Guard:
+    """Would the choice be the same?"""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = weakref.ref(owner)
+        self.state: State | None = None
+        self.others: list[State] = []
+        """Where no state is chosen: those that would be."""
+        self.pending: set[tuple[int, str]] = set()
+        self.hooks: list[dict[int, Any]] = hooks_of(owner)
+        self.numbers = list(map(len, self.hooks))
+
+    def install(self, manager: Any) -> None:
+        parts = ["ultraep: what the recorded forward read in Python is as it was"]
+        try:
+            manager.add_lambda_guard(self.holds, parts, None)
+        except TypeError:  # before torch 2.12
+            manager.add_lambda_guard(self.holds, parts)
+
+    def holds(self, module: Any) -> bool:
+        if self.owner() is not module or list(map(len, self.hooks)) != self.numbers:
+            return False
+        if self.state is not None:
+            return self.state.reads.hold()
+        return not any(s.reads.hold() for s in self.others)
+
+    def choose(self, kinds: tuple[torch.dtype, ...]) -> str:
+        owner = self.owner()
+        standing = standing_of(owner) if owner is not None else None
+        if owner is None or standing is None:
+            return ""
+        cast = any(torch.is_autocast_enabled(d) for d in {p.device.type for p in owner.parameters()} | {"cpu"})
+        fitting = [s for s in standing.states if cast or s.kinds == kinds]
+        self.state = next((s for s in fitting if s.reads.hold()), None)
+        if self.state is None and not cast and (hooked := hooked_module(owner, standing.layer.facts.parameters)):
+            standing.warn(
+                f"{standing.name} runs unbalanced: {hooked} has hooks, which experts that are called together do not run"
+            )
+            return EAGER
+        if self.state is None and not cast:
+            self.state = lift_anew(owner, standing, kinds)
+        self.others = fitting
+        if self.state is None or not self.state.forward:
+            return ""
+        if any(written in self.state.reads.seen for written in self.pending):
+            standing.warn(
+                f"{standing.name} runs unbalanced: attributes that its forward reads are set while the model runs"
+            )
+            return ""
+        forward: Forward = getattr(standing.layer.forwards, self.state.forward)
+        if forward.ranks == 1 and (hooked := hooked_module(owner, forward.parameters)):
+            standing.warn(
+                f"{standing.name} runs unbalanced: {hooked} has hooks, which experts that are called together do not run"
+            )
+            return EAGER
+        return self.state.forward
+
+
+# ---- new states ------------------------------------------------------------------------------------------------------
+
+
+def lift_anew(owner: nn.Module, standing: Standing, kinds: tuple[torch.dtype, ...]) -> State | None:
+    """Record, lift and prove a module in the state that it is in; None where that was tried too often already."""
+    from ultraep_compile.ladder.layer import lift_again
+
+    what = _changes(standing, kinds)
+    if _get_current_dispatch_mode() is not None:  # an export: parameters have no values
+        return None
+    full = sum(bool(s.forward) for s in standing.states) >= _STATES and not _make_room(owner, standing)
+    if standing.attempts >= _ATTEMPTS or full:
+        standing.warn(
+            f"{standing.name} runs unbalanced in states other than the {len(standing.states)} that it was lifted in: {what}. "
+            "What changes in every step is better kept in a buffer"
+        )
+        return None
+    standing.attempts += 1
+    log.info("%s is lifted anew: %s", standing.name, what)
+    try:
+        with _as_outside_of_a_compiler():
+            lift, reads, reason = lift_again(owner, standing.name, standing.layer, kinds)
+    except UltraEPError:
+        raise
+    except Exception as fault:  # the outermost door: what we do not understand runs as it is
+        log.warning("%s cannot be lifted anew", standing.name, exc_info=fault)
+        lift, reads, reason = None, Reads(owner), f"internal error {type(fault).__name__}: {fault}"
+    if lift is not None:
+        return standing.add(lift, reads, kinds)
+    standing.warn(
+        f"{standing.name} runs unbalanced: {what} since it was prepared, and it cannot be lifted so ({reason})"
+    )
+    standing.states.append(State(reads, kinds, "", reason))
+    return standing.states[-1]
+
+
+def _changes(standing: Standing, kinds: tuple[torch.dtype, ...]) -> str:
+    """What tells the module's state from the one nearest to it, in words."""
+    told = [
+        list(s.reads.changes()) or [f"inputs were {_dtypes(s.kinds)} and are {_dtypes(kinds)}"] for s in standing.states
+    ]
+    nearest = min(told, key=len, default=["nothing is known of its state"])
+    return "; ".join(nearest[:3]) + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "")
+
+
+def _dtypes(kinds: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(k).removeprefix("torch.") for k in kinds)
+
+
+def _make_room(owner: nn.Module, standing: Standing) -> bool:
+    """Forget states of modules that are no longer inside."""
+    before = len(standing.states)
+    standing.states[:] = [s for s in standing.states if s.reads.holds_modules_of(owner)]
+    return len(standing.states) < before
+
+
+@contextlib.contextmanager
+def _as_outside_of_a_compiler() -> Iterator[None]:
+    """Gradients, no autocast, no inference mode, and nobody is told that something compiles."""
+    flag = torch.compiler._is_compiling_flag  # pyright: ignore
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        torch.compiler._is_compiling_flag = False  # pyright: ignore
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = flag  # pyright: ignore
+
+
+def hooked_module(owner: nn.Module, parameters: Iterable[str]) -> str:
+    """A module between the layer and its experts' parameters that has hooks, "" if there is none. Layers that are divided over
+    ranks may exchange rows in theirs.
+    """
+    paths = {".".join(parts[:n]) for p in parameters for parts in [p.split(".")] for n in range(1, len(parts))}
+    inside = dict(owner.named_modules())
+    for path in sorted(paths & inside.keys()):
+        if any(getattr(inside[path], hooks) for hooks in HOOKS):
+            return path
+    return ""
