@@ -71,7 +71,7 @@ def prepare_site(
     if group:
         asked = {n: getattr(options, n) for n in ("planner", "redundant_experts", "balance_from", "transport")}
         sizes = {"experts": layout.experts, "top_k": site.top_k, "rows": signature.rows.dtype}
-        must_agree(key, **asked, **sizes, torch=torch.__version__)
+        must_agree(key, **asked, **sizes)
     return key, made
 
 

@@ -13,17 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
+from ultraep_compile.agreeing import agreeing, agreeing_switched_off, failing, group_of
 from ultraep_compile.config import Options
 from ultraep_compile.errors import OptionError, SiteCountError, UltraEPError, nearest
 from ultraep_compile.local_inputs import take_parts
-from ultraep_compile.ops import watch
 from ultraep_compile.ops.steps import ran_balanced
 from ultraep_compile.passes.cache_key import CacheKeyPass
-from ultraep_compile.passes.lift.called import is_divided
 from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
 from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
@@ -60,16 +58,17 @@ def ultraep(
         chosen = Options.of(options)
         _check_mode(mode, chosen.inner)
         _check_transport(chosen, gm)
-        if chosen.disabled or (chosen.ranks in (None, 1) and chosen.group is None and not _is_sharded(gm)):
+        if chosen.disabled or (chosen.ranks in (None, 1) and chosen.group is None and not group_of(gm)):
             if chosen.expect_moe_sites is not None and not chosen.disabled:  # nothing to balance, but a count to check
                 rewrite = Rewrite(chosen, refused=refused_inputs(gm, example_inputs))
                 run_passes(gm, rewrite, ANALYSES)
                 _check_count(rewrite)
                 return _noted(rewrite, compile_inner(gm, example_inputs, chosen, mode, rewritten=False))
-            return compile_inner(gm, example_inputs, chosen, mode, rewritten=False)
+            compiled = compile_inner(gm, example_inputs, chosen, mode, rewritten=False)
+            return agreeing_switched_off(compiled, gm, chosen) if chosen.disabled else compiled
         return _balanced(gm, example_inputs, chosen, mode)
     except UltraEPError as error:
-        return functools.partial(_raise, error)
+        return failing(error, options, gm)
 
 
 def _check_mode(mode: object, inner: str) -> None:
@@ -93,22 +92,12 @@ def _check_transport(options: Options, gm: fx.GraphModule) -> None:
 
     Raises: OptionError.
     """
-    virtual = options.group is None and options.ranks not in (None, 1) and not _is_sharded(gm)
+    virtual = options.group is None and options.ranks not in (None, 1) and not group_of(gm)
     if options.transport != "auto" and virtual:
         raise OptionError(
             f"option 'transport' is {options.transport!r}, which is between processes, but no process group is given: ranks are "
             "virtual. Give the option 'group', or call shard_experts; or leave 'transport' out."
         )
-
-
-def _raise(error: UltraEPError, *args: Any) -> None:
-    raise error
-
-
-def _is_sharded(gm: fx.GraphModule) -> bool:
-    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    calls = [n for g in graphs for n in g.nodes if n.op == "call_function"]
-    return any("unshard" in str(n.target) or is_divided(n) for n in calls)
 
 
 def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Compiled:
@@ -120,12 +109,13 @@ def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
     add_report(GraphReport.of(gm, rewrite))
     _check_count(rewrite)
     _say_what_is_missing(rewrite)
-    if options.trace is not None:
-        _start_trace(rewrite)
+    if options.trace is not None and not rewrite.prepared:
+        get_recorder(options.trace).flush()  # nothing is recorded, and the file is there all the same
+    in_agreement = agreeing(gm, rewrite)
     shadow = Shadow.of(original, gm, rewrite) if original is not None and rewrite.prepared else None
     inputs, given_parts = take_parts(gm, example_inputs)
     compiled = given_parts(compile_inner(gm, inputs, options, mode, rewritten=bool(rewrite.prepared)))
-    return _noted(rewrite, compiled if shadow is None else shadow.beside(compiled))
+    return _noted(rewrite, in_agreement(compiled if shadow is None else shadow.beside(compiled)))
 
 
 def _noted(rewrite: Rewrite, compiled: Compiled) -> Compiled:
@@ -210,27 +200,6 @@ def _say_what_is_missing(rewrite: Rewrite) -> None:
 @functools.lru_cache(maxsize=1024)
 def warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=2)
-
-
-def _start_trace(rewrite: Rewrite) -> None:
-    writes = not rewrite.group or dist.get_rank(dist.distributed_c10d._resolve_process_group(rewrite.group)) == 0  # pyright: ignore
-    assert rewrite.options.trace is not None
-    recorder = get_recorder(rewrite.options.trace) if writes else None
-    for key, site in rewrite.prepared.items():
-        watch.start(key, site.name, recorder, rewrite.group)
-    if recorder is None:
-        return
-    for site, made in zip(rewrite.sites, rewrite.prepared.values(), strict=True):
-        facts = made.program.signature
-        recorder.describe(
-            made.name,
-            top_k=site.top_k,
-            expert_bytes=sum(p.elements * p.dtype.itemsize for p in facts.params),
-            row_bytes=facts.rows.elements * facts.rows.dtype.itemsize,
-            flops_per_row=made.program.flops_per_row,
-        )
-    if not rewrite.prepared:
-        recorder.flush()
 
 
 follow_steps()

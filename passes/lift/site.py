@@ -68,6 +68,10 @@ class Site:
     divided: tuple[str, int] | None = None
     """Group and its size, where the model divides the experts over ranks by itself: `params` are this rank's."""
 
+    python_state: str = ""
+    """A digest of what the layer's forward read in Python and a compiled graph has fixed; all ranks of a group must have it
+    alike."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Miss:

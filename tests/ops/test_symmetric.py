@@ -54,7 +54,7 @@ def _batches(rank: int) -> tuple[float, list[int], int]:
     worst, capacities = 0.0, []
     for seed, tokens in enumerate((8, 200, 200, 3, 50)):
         worst = max(worst, _step(rank, 2, tokens, layout, key, group, seed))
-        (only,) = plane._planes.values()
+        (only,) = plane.planes()
         capacities.append(only.capacity)
     plane.close_planes()
     worst = max(worst, _step(rank, 2, 30, layout, key, group, 9))  # opens it again

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.errors import TopologyError
-from ultraep_compile.exchange import line_named
+from ultraep_compile.exchange import line_of
+from ultraep_compile.ops.groups import resolve
 
 Value = TypeVar("Value")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,7 +56,7 @@ def _weights(count: int, device: torch.device) -> Tensor:
     return ((place ^ (place >> 29)) * 0x3F58476D1CE4E5B9) | 1
 
 
-_compared: set[tuple] = set()
+_compared: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 def weights_must_be_alike(layer: str, group: str, params: list[Tensor]) -> None:
@@ -61,11 +64,12 @@ def weights_must_be_alike(layer: str, group: str, params: list[Tensor]) -> None:
 
     Raises: TopologyError on all ranks.
     """
-    what = (layer, group, *(p.shape for p in params))
-    if what in _compared or not params:
+    ranks = resolve(group)
+    compared, what = _compared.setdefault(ranks, set()), (layer, *(p.shape for p in params))
+    if what in compared or not params:
         return
     mine = tuple(torch.stack([digest(p) for p in params]).tolist())
-    digests = line_named(group).gather_objects(mine, "digests of all ranks' weights")
+    digests = line_of(ranks).gather_objects(mine, "digests of all ranks' weights")
     if len(set(digests)) > 1:
         other = next(r for r, d in enumerate(digests) if d != digests[0])
         raise TopologyError(
@@ -73,11 +77,11 @@ def weights_must_be_alike(layer: str, group: str, params: list[Tensor]) -> None:
             f"{other} differ. If each rank holds experts of its own (the model is expert-parallel already), leave 'group' out; if "
             "they should be the same, load the same weights on all ranks, or call shard_experts."
         )
-    _compared.add(what)
+    compared.add(what)
 
 
 def from_all_ranks(group: str, value: Value) -> list[Value]:
     """Every rank's value, in rank order, on all of them; the value alone without a group. All ranks must come here together."""
     if not group:
         return [value]
-    return line_named(group).gather_objects(value, "what every rank has")
+    return line_of(resolve(group)).gather_objects(value, "what every rank has")

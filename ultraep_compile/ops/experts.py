@@ -25,6 +25,7 @@ from ultraep_compile.ops.derivatives import only_first_derivatives
 from ultraep_compile.ops.dispatch import EVERYTHING, Positions, Round, buffer_rows
 from ultraep_compile.ops.gradients import Gradients, accumulate, or_zero, sum_over_choices
 from ultraep_compile.ops.layout import ExpertLayout
+from ultraep_compile.ops.routing import begin_backward
 from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, Transport, deadline_of, transport_for
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def _forward(
     params: list[Tensor], consts: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     physical_TK, slot_expert_RS, shares_RP = plan
+    watch.computing(site_key, params)
     if site.group and not site.sharded:
         weights_must_be_alike(site.name, site.group, params)
     if isinstance(site.transport, SymmetricTransport):
@@ -244,6 +246,9 @@ def _gradients(
     plan: tuple[Tensor, Tensor, Tensor], params: list[Tensor], consts: list[Tensor], facts: Tensor, kept: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     physical_TK, slot_expert_RS, shares_RP = plan
+    watch.computing(site_key, params)
+    if site.group:
+        begin_backward(site.transport, f"layer {site.name}", site.name, grad_y.is_cuda)
     if isinstance(site.transport, SymmetricTransport):
         from ultraep_compile.ops import symmetric
 

@@ -10,6 +10,7 @@ Buffers of N rows, as bytes: `rows` (tokens on their way to experts), `weights` 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from ultraep_compile.codegen.bundle import Bundle, Part
 from ultraep_compile.exchange import line_of
 from ultraep_compile.ops.dispatch import buffer_rows
+from ultraep_compile.ops.groups import is_alive, resolve
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.symmetric import Region, SymmetricPool, control, open_pool
 
@@ -45,12 +47,19 @@ class Plane:
     """The pool of one geometry; every method that opens memory must be called by all ranks alike."""
 
     def __init__(self, geometry: Geometry, group: dist.ProcessGroup, capacity: int) -> None:
-        self.geometry, self.group, self.capacity = geometry, group, capacity
+        self.geometry, self._group, self.capacity = geometry, weakref.ref(group), capacity
         layout, parts = geometry.layout, geometry.parts
         self.bundle = Bundle("slots", layout.ranks, layout.masters, layout.slots, parts)
         trained = tuple(p for p in parts if p.dtype.is_floating_point)
         self.grad_bundle = Bundle("slot_grads", layout.ranks, layout.masters, layout.slots, trained)
         self.pool = self._open()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks' group; held by its users alone, so that a plane ends with its group."""
+        group = self._group()
+        assert group is not None
+        return group
 
     @property
     def rows(self) -> int:
@@ -122,7 +131,6 @@ class Board:
     """Where every rank writes its counts for all to read; two pages, used in turn."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, experts: int, deadline_s: int) -> None:
-        self.group = group
         ranks = dist.get_world_size(group)
         regions = {"counts": Region((2, ranks, experts), torch.int32), "page": Region((1,), torch.int64)}
         self.pool = open_pool(regions, group, device, float(deadline_s))
@@ -150,43 +158,57 @@ class Board:
         self.pool.close()
 
 
-_planes: dict[Geometry, Plane] = {}
-_boards: dict[tuple[str, torch.device, int], Board] = {}
+_planes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Geometry, Plane]] = weakref.WeakKeyDictionary()
+_boards: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[torch.device, int], Board]] = weakref.WeakKeyDictionary()
 
 
 def plane_for(geometry: Geometry, pairs: int) -> Plane:
     """The plane of a geometry; opened on first use, when `pairs` is what this rank has to send."""
-    group = _resolve(geometry.group)
-    plane = _planes.get(geometry)
-    if plane is None or plane.group is not group or plane.pool.outlived:
+    group = resolve(geometry.group)
+    of_group = _planes.setdefault(group, {})
+    plane = of_group.get(geometry)
+    if plane is None or plane.pool.outlived:
+        close_planes_of_the_dead()
         asked = line_of(group).gather_objects(pairs, "how large buffers must be")
-        plane = Plane(geometry, group, geometry.layout.capacity(max(asked) * geometry.layout.ranks))
-        _planes[geometry] = plane
+        plane = of_group[geometry] = Plane(geometry, group, geometry.layout.capacity(max(asked) * geometry.layout.ranks))
     return plane
 
 
-def board_for(group_name: str, device: torch.device, experts: int, deadline_s: int) -> Board:
-    group, key = _resolve(group_name), (group_name, device, experts)
-    board = _boards.get(key)
-    if board is None or board.group is not group or board.pool.outlived:
-        board = _boards[key] = Board(group, device, experts, deadline_s)
+def board_for(group: dist.ProcessGroup, device: torch.device, width: int, deadline_s: int) -> Board:
+    """The board of a group for rows of so many numbers."""
+    boards = _boards.setdefault(group, {})
+    board = boards.get((device, width))
+    if board is None or board.pool.outlived:
+        close_planes_of_the_dead()
+        board = boards[device, width] = Board(group, device, width, deadline_s)
     return board
+
+
+def planes() -> list[Plane]:
+    """All that are open in this process."""
+    return [plane for of_group in _planes.values() for plane in of_group.values()]
 
 
 def reserved_bytes() -> int:
     """Symmetric memory that this process holds."""
-    return sum(p.nbytes for p in _planes.values())
+    return sum(p.nbytes for p in planes())
 
 
 def close_planes() -> None:
     """Give all symmetric memory back. The next call of a layer opens it again, on all ranks together."""
-    for held in (*_planes.values(), *_boards.values()):
+    for group in {*_planes, *_boards}:
+        _close_planes_of(group)
+
+
+def close_planes_of_the_dead() -> None:
+    """Give back what groups hold that were destroyed while somebody still holds them."""
+    for group in {*_planes, *_boards}:
+        if not is_alive(group):
+            _close_planes_of(group)
+
+
+def _close_planes_of(group: dist.ProcessGroup) -> None:
+    for held in (*_planes.pop(group, {}).values(), *_boards.pop(group, {}).values()):
         if held.pool.device.type == "cuda" and not held.pool.closed:
             torch.cuda.synchronize(held.pool.device)
         held.close()
-    _planes.clear()
-    _boards.clear()
-
-
-def _resolve(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore

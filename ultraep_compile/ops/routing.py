@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import struct
 import time
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ultraep_compile.errors import OptionError, RoutingError
-from ultraep_compile.exchange import at, here, line_named
+from ultraep_compile.errors import RoutingError
+from ultraep_compile.exchange import at, here
 from ultraep_compile.ops import watch
+from ultraep_compile.ops.agreement import RUNS, common
 from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
 from ultraep_compile.ops.padding import real_among
-from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, Transport, transport_for
+from ultraep_compile.ops.transport import (
+    CollectiveTransport,
+    SymmetricTransport,
+    Transport,
+    deadline_of,
+    transport_for,
+)
 from ultraep_compile.planner import Plan, make_plan
 
 
@@ -40,7 +46,7 @@ def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, gr
             from ultraep_compile.codegen.count_kernels import expert_counts
 
             check_later(ids, scores, experts, layer_name(site))
-            counts = transport.exchange_counts(expert_counts(ids, experts), layer_name(site))
+            counts = transport.exchange_row(expert_counts(ids, experts), layer_name(site))
         else:
             counts = _checked_counts(ids, scores, experts, transport, group, site)
     watch.add_time(site, "load", started)
@@ -63,19 +69,11 @@ def _checked_counts(
         counts = torch.bincount(cell.flatten(), minlength=hosted * experts).view(hosted, experts).to(torch.int32)
     if not group:
         return transport.gather_counts(counts)
-    mine = [*(fault or Fault()).packed(), zlib.crc32(repr(_alike(site)).encode()) >> 1]
-    report = torch.tensor([mine], dtype=torch.int32, device=ids.device)
-    packed = torch.cat([counts, report], 1)
-    if isinstance(transport, SymmetricTransport):
-        packed = transport.exchange_counts(packed[0], layer_name(site))
-    else:
-        packed = transport.gather_counts(packed)
-    counts, reports = packed.split([experts, report.shape[1]], 1)
-    found = reports.tolist()
-    _raise_faults([numbers[:-1] for numbers in found], experts, site)
-    if len({numbers[-1] for numbers in found}) > 1:
-        _raise_disagreement(group, site)
-    return counts.contiguous()
+    fields = _agreed.get(site) or {}
+    facts = {RUNS: f"the {here().phase} of layer {layer_name(site)}", **fields}
+    found = say_and_do(transport, facts, layer_name(site), fault, counts[0])
+    _raise_faults([numbers[experts:-1] for numbers in found.tolist()], experts, site)
+    return found[:, :experts].contiguous()
 
 
 _agreed: dict[str, dict[str, str]] = {}
@@ -86,19 +84,50 @@ def must_agree(site: str, **fields: object) -> None:
     _agreed[site] = {name: str(value) for name, value in fields.items()}
 
 
-def _alike(site: str) -> dict[str, str]:
-    """What must be the same on all ranks that exchange counts here: a rank that left out a layer is at another."""
-    return {**_agreed.get(site, {}), "the layer": layer_name(site), "the phase": here().phase}
+def say_and_do(
+    transport: Transport, facts: dict[str, str], where: str, fault: Fault | None = None, counts_E: Tensor | None = None
+) -> Tensor:
+    """Every exchange of a group begins here: all ranks' counts [E] and faults, int32 [R, E + 6], and the last of the 6 numbers
+    is the same on all.
+
+    However different what ranks are about to do, they send equally many numbers: as many as the widest layer has that they
+    have agreed on.
+    Raises: TopologyError on every rank where they do different things (`facts`).
+    """
+    assert isinstance(transport, CollectiveTransport)
+    shared = common(transport.group)
+    doing = repr(facts)
+    header = [*(fault or Fault()).packed(), shared.word(doing)]
+    width = 0 if counts_E is None else counts_E.shape[0]
+    device = _device_of(transport) if counts_E is None else counts_E.device
+    row = torch.zeros(max(shared.widest, width) + len(header), dtype=torch.int32, device=device)
+    row[-len(header) :] = torch.tensor(header, dtype=torch.int32)
+    if counts_E is not None:
+        row[:width] = counts_E
+    shared.went_to(doing)
+    found = transport.exchange_row(row, where)
+    if len(set(found[:, -1].tolist())) > 1:
+        shared.disagree(facts, where, deadline_of(transport.group.group_name))
+    return torch.cat([found[:, :width], found[:, -len(header) :]], 1)
 
 
-def _raise_disagreement(group: str, site: str) -> None:
-    """All ranks come here together, since all have seen the same reports."""
-    every = line_named(group).gather_objects(_alike(site), "what all ranks must have alike")
-    names = [n for n in {n: None for fields in every for n in fields} if len({f.get(n) for f in every}) > 1]
-    text = "; ".join(f"{n}: " + ", ".join(f"{f.get(n)} on rank {r}" for r, f in enumerate(every)) for n in names)
-    raise OptionError(
-        f"{layer_name(site)}: the ranks do not agree ({text}). Give all of them the same options, model and versions."
-    )
+def begin_backward(transport: Transport, what: str, where: str, on_gpu: bool) -> None:
+    """Before the exchanges of a backward, which carry no word: look whether all ranks have come to it, wherever this rank has not
+    come to it from the same place before. So a rank that has more layers or calls than others is found out in the first step.
+
+    Raises: TopologyError on every rank. On GPUs with symmetric memory nothing is compared: the host would have to wait.
+    """
+    if not isinstance(transport, CollectiveTransport) or (on_gpu and isinstance(transport, SymmetricTransport)):
+        return
+    shared, facts = common(transport.group), {RUNS: f"the backward of {what}"}
+    if shared.comes_anew_to(repr(facts)) and not (on_gpu and torch.cuda.is_current_stream_capturing()):
+        say_and_do(transport, facts, where)
+
+
+def _device_of(transport: CollectiveTransport) -> torch.device:
+    if transport.line.uses_nccl:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 @expert_load.register_fake

@@ -7,9 +7,9 @@ memory. Every exchange is deterministic in content and order.
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.exchange import DEADLINE_S as DEADLINE
-from ultraep_compile.exchange import Line, line_named, line_of
+from ultraep_compile.exchange import Line, line_of
+from ultraep_compile.ops.groups import resolve
 from ultraep_compile.ops.layout import ExpertLayout, source_ranks
 
 
@@ -92,6 +93,10 @@ class CollectiveTransport:
         self.line.settle()
         return out
 
+    def exchange_row(self, row: Tensor, layer: str) -> Tensor:
+        """All ranks' int32 rows [W] as [R, W], by the way that counts take."""
+        return self.gather_counts(row.unsqueeze(0))
+
     def all_gather(self, out: Tensor, part: Tensor, what: str) -> None:
         """Every rank's `part`, in rank order along dim 0 of `out`."""
         self.line.all_gather(out, part, what)
@@ -150,13 +155,12 @@ class SymmetricTransport(CollectiveTransport):
     Single exchanges outside of `ultraep::experts` and the counts are still made by collectives.
     """
 
-    def exchange_counts(self, counts_E: Tensor, layer: str) -> Tensor:
-        """All ranks' counts, int32 [R, E] on all, without a collective."""
+    def exchange_row(self, row: Tensor, layer: str) -> Tensor:
+        """All ranks' int32 rows [W] as [R, W], without a collective."""
         from ultraep_compile.ops.plane import board_for
 
-        name = self.group.group_name
-        board = board_for(name, counts_E.device, counts_E.shape[0], deadline_of(name))
-        return board.exchange(counts_E, layer)
+        board = board_for(self.group, row.device, row.shape[0], deadline_of(self.group.group_name))
+        return board.exchange(row, layer)
 
 
 Transport = VirtualTransport | CollectiveTransport
@@ -164,36 +168,43 @@ Transport = VirtualTransport | CollectiveTransport
 
 TRANSPORTS = ("auto", "collective", "symmetric")
 DEADLINE_S = int(DEADLINE)
-_chosen: dict[str, tuple[str, int]] = {}
+_chosen: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[str, int]] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
 
 def choose_transport(group: str, transport: str, deadline_s: int = DEADLINE_S) -> None:
     """How the ranks of a group exchange from now on; all of them must choose alike, before the first exchange."""
-    if _chosen.get(group) != (transport, deadline_s):
-        _chosen[group] = (transport, deadline_s)
-        transport_for.cache_clear()
-    line_named(group).deadline = float(deadline_s)
+    members = resolve(group)
+    _chosen[members] = (transport, deadline_s)
+    line_of(members).deadline = float(deadline_s)
 
 
 def deadline_of(group: str) -> int:
-    return _chosen.get(group, ("", DEADLINE_S))[1]
+    """Seconds after which a wait for another rank of the group is an error."""
+    return _chosen.get(resolve(group), ("", DEADLINE_S))[1] if group else DEADLINE_S
 
 
-@functools.lru_cache(maxsize=64)
 def transport_for(ranks: int, group: str) -> Transport:
-    """The transport of a group name ("" = virtual ranks)."""
+    """The transport of a group name ("" = virtual ranks). Nothing is kept of a group but by the group itself: one that is
+    made again under the same name is another one.
+    """
     if not group:
         return VirtualTransport(ranks)
-    members = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
-    wanted = _chosen.get(group, ("collective", 0))[0]
+    members = resolve(group)
+    wanted = _chosen.get(members, ("collective", 0))[0]
     if wanted == "symmetric" or (wanted == "auto" and memory_is_shared(members)):
         return SymmetricTransport(members)
     return CollectiveTransport(members)
 
 
-@functools.lru_cache(maxsize=64)  # a rank that asked again would wait for the others
 def memory_is_shared(group: dist.ProcessGroup) -> bool:
     """Can every rank's GPU address the memory of every other's? Every rank must ask, and all get the same answer."""
+    if group not in _shared:  # a rank that asked again would wait for the others
+        _shared[group] = _ask_for_shared_memory(group)
+    return _shared[group]
+
+
+def _ask_for_shared_memory(group: dist.ProcessGroup) -> bool:
     mine = _reach()
     all_of = line_of(group).gather_objects(mine, "which memory every rank reaches")
     reach = [r for r in all_of if r is not None]

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultraep_compile.ops.agreement import GATHERS, RUNS, Statement, common
 from ultraep_compile.ops.derivatives import only_first_derivatives
-from ultraep_compile.ops.transport import CollectiveTransport, transport_for
+from ultraep_compile.ops.routing import begin_backward, say_and_do
+from ultraep_compile.ops.transport import CollectiveTransport, SymmetricTransport, deadline_of, transport_for
 
 
 @torch.library.custom_op("ultraep::unshard", mutates_args=())
@@ -19,9 +21,23 @@ def unshard(local: Tensor, rows: int, ranks: int, group: str) -> Tensor:
     """
     transport = transport_for(ranks, group)
     assert isinstance(transport, CollectiveTransport)
+    _gather_together(transport, local)
     out = local.new_empty(rows, *local.shape[1:])
     transport.all_gather(out, local, "all ranks' experts")
     return out
+
+
+def _gather_together(transport: CollectiveTransport, local: Tensor) -> None:
+    """Raise TopologyError on all ranks where some exchange counts meanwhile. On GPUs with symmetric memory counts are exchanged
+    without a look at them by the host; there such ranks wait for each other until the deadline.
+    """
+    shared = common(transport.group)
+    facts, where = {RUNS: GATHERS}, "reading experts' weights"
+    if shared.agreed == 0:
+        shared.state(Statement(facts), where, deadline_of(transport.group.group_name))
+    elif not shared.alone and not (local.is_cuda and isinstance(transport, SymmetricTransport)):
+        if not (local.is_cuda and torch.cuda.is_current_stream_capturing()):
+            say_and_do(transport, facts, where)
 
 
 @unshard.register_fake
@@ -34,6 +50,7 @@ def reshard_grad(grad: Tensor, ranks: int, group: str) -> Tensor:
     """This rank's part [rows/R, ...] of the mean over ranks of `grad` [rows, ...]."""
     transport = transport_for(ranks, group)
     assert isinstance(transport, CollectiveTransport)
+    begin_backward(transport, GATHERS, "gradients of experts' weights", grad.is_cuda)
     parts = [p.contiguous() for p in grad.chunk(ranks)]
     # gloo has no reduce_scatter for every build: exchange the parts, then add them in rank order.
     counts = [p.shape[0] for p in parts], [parts[0].shape[0]] * ranks

@@ -18,12 +18,13 @@ import os
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ultraep_compile.telemetry.pending import Pending, Seconds
 from ultraep_compile.telemetry.store import Store, build_trace
@@ -61,6 +62,8 @@ class Recorder:
         self._store = Store(max_records, max_bytes)
         self._pending: deque[Pending] = deque()
         self._lock = threading.RLock()
+        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._alike: Counter[str] = Counter()
         self._owner = os.getpid()
         self._unflushed = 0
         self._writer: threading.Thread | None = None
@@ -123,6 +126,22 @@ class Recorder:
             if self._store.knows(number):
                 self._stage(number, {}, realised_P, seconds, rounds)
                 self._drain()
+
+    def own_name(self, name: str, weight: Tensor) -> str:
+        """The name of a layer among those that are called alike: `name`, `name#2`, ... in the order in which they first
+        came, told apart by one of their weights (the object, not its values).
+        """
+        with self._lock:
+            names = self._names.setdefault(weight, {})
+            if name not in names:
+                self._alike[name] += 1
+                names[name] = name if self._alike[name] == 1 else f"{name}#{self._alike[name]}"
+            return names[name]
+
+    def is_described(self, layer: str) -> bool:
+        """Has `describe` been called for this layer?"""
+        with self._lock:
+            return self._store.is_described(layer)
 
     def describe(
         self,

@@ -113,6 +113,10 @@ class Store:
         """Static facts of a layer, by the name it is recorded under."""
         self._facts.setdefault(layer, {}).update(facts)
 
+    def is_described(self, layer: str) -> bool:
+        """Whether static facts of a layer are known."""
+        return layer in self._facts
+
     def settle(self, piece: Pending) -> None:
         """Take what has arrived from the device; nothing happens if the record was thinned away meanwhile."""
         record = self._records.get(piece.number)
