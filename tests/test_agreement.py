@@ -179,18 +179,27 @@ def test_a_rank_that_never_comes_is_named() -> None:
     assert "rank 0 waited 2 s for rank 1" in told and "has compiled nothing" in told
 
 
-def _recompiles(rank: int) -> str:
+def _recompiles(rank: int, sharded: bool) -> str:
     model = _seeded(MoE)
     options: dict[str, Any] = {"inner": "eager", "redundant_experts": 1, "deadline_s": 20}
-    model = ultraep_compile.shard_experts(model, init_device_mesh("cpu", (2,)))
+    if sharded:
+        model = ultraep_compile.shard_experts(model, init_device_mesh("cpu", (2,)))
+    else:
+        options["group"] = dist.group.WORLD
     model.compile(backend="ultraep", options=options, dynamic=False)
     with pytest.raises(UltraEPError) as error, torch._dynamo.config.patch(recompile_limit=3):
         for step in range(6):
             model(torch.randn(16 + step * rank, 8)).sum().backward()
+    time.sleep(1)  # whoever hosts the store ends last
     return str(error.value)
 
 
+def test_ranks_with_whole_experts_meet_dynamos_limit_together() -> None:
+    for told in run_ranks(2, _recompiles, False):
+        assert "balanced 0 MoE layers in this call and 1 before" in told and "recompil" in told
+
+
 def test_ranks_meet_dynamos_limit_together() -> None:
-    for told in run_ranks(2, _recompiles):
+    for told in run_ranks(2, _recompiles, True):
         assert "gathers all experts' weights (unbalanced, or in eager mode) on rank 1" in told
         assert "recompile_limit" in told and "dynamic=True" in told

@@ -18,6 +18,7 @@ from ultraep_compile.errors import ShardingError
 from ultraep_compile.ladder.divided import DIVISION, Division
 from ultraep_compile.ladder.install import swap_class
 from ultraep_compile.ops.expert_tensor import ExpertTensor, mark, own
+from ultraep_compile.ops.groups import resolve
 
 _SHARDED = "_ultraep_sharded_parameters"
 
@@ -105,7 +106,7 @@ def _refuse_part_of_other(name: str, given: Any, group: str) -> None:
 
 
 def _rank_in(group: str) -> int:
-    return dist.get_rank(dist.distributed_c10d._resolve_process_group(group))  # pyright: ignore
+    return dist.get_rank(resolve(group))
 
 
 def _in_a_forward() -> bool:

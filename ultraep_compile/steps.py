@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from ultraep_compile.errors import SiteCountError
+from ultraep_compile.errors import SiteCountError, TopologyError
+from ultraep_compile.exchange import watchdog
 from ultraep_compile.ops import steps
 from ultraep_compile.report import StepReport, add_step
 
@@ -40,6 +42,8 @@ class Compiled:
     troubles: Counter[str] = field(default_factory=Counter)
     """What Dynamo has said, up to the last step."""
     said: set[str] = field(default_factory=set)
+    group: weakref.ref[dist.ProcessGroup] | None = None
+    """Of the option `group`."""
 
     def enter(self) -> Callable[[], None]:
         step = steps.enter()
@@ -55,6 +59,8 @@ class Compiled:
         count, before, self.most = len(step.balanced), self.most, max(self.most, len(step.balanced))
         reason = _shown(new[0]) if new else ""
         add_step(StepReport(tuple(step.balanced), tuple(missing), reason))
+        if new and count < before and (group := self.group and self.group()) is not None and dist.get_world_size(group) > 1:
+            _leave_the_others(group, before, count, reason)
         if self.expected is not None and count != self.expected:
             raise SiteCountError(self._miscount(count, missing, reason))
         if missing or (new and count < before):
@@ -166,6 +172,17 @@ _known: weakref.WeakKeyDictionary[Any, Compiled] = weakref.WeakKeyDictionary()
 """By what torch.compile made."""
 
 
+def _leave_the_others(group: dist.ProcessGroup, before: int, count: int, reason: str) -> NoReturn:
+    """A rank with all experts needs nobody in eager mode, but the others wait for it: tell them, and raise."""
+    error = TopologyError(
+        f"rank {dist.get_rank(group)} of the option 'group' balanced {count} MoE layers in this call and {before} before, while other ranks "
+        f"may go on to balance {before}: {reason or 'Dynamo left frames to eager mode'}. If that is Dynamo's limit of recompilations, compile "
+        "with dynamic=True or pad batches to a few sizes, on all ranks alike; else mend what it says."
+    )
+    watchdog().tell(error)
+    raise error
+
+
 def compiled_here() -> Compiled | None:
     """What is known of the compiled callable whose call this is, if it notes its steps."""
     found = _compile_wrapper(sys._getframe(1))
@@ -186,6 +203,7 @@ def _frame_begins(args: Any) -> None:
         model = getattr(function, "__self__", None)
         reference = weakref.ref(model) if isinstance(model, nn.Module) else None
         made = _known[context] = Compiled(options.expect_moe_sites, reference, troubles=troubles())
+        made.group = None if options.group is None else weakref.ref(options.group)
         hooks.append(made.enter)
         cleanups.append(made.enter())
     except (AttributeError, KeyError, TypeError):  # a torch whose callables are made otherwise: graphs are counted one by one

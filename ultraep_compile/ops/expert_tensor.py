@@ -164,12 +164,15 @@ def _distributed(local: Tensor, mesh: DeviceMesh, shape: torch.Size, stride: tup
     return DTensor.from_local(local, mesh, [Replicate()], run_check=False, shape=shape, stride=stride)
 
 
-@functools.lru_cache(maxsize=4)
-def _meshes(device: str, world: Any) -> list[DeviceMesh]:
-    return [DeviceMesh(device, [rank]) for rank in range(dist.get_world_size())]
+_meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, list[DeviceMesh]]] = weakref.WeakKeyDictionary()
 
 
 def _mesh_of(rank: int, device: str) -> DeviceMesh:
     """The mesh of one rank; the meshes of all are made together, since every process must take part."""
     kind = next((t for t in ("cuda", "cpu") if t == device), "cuda" if torch.cuda.is_available() else "cpu")
-    return _meshes(kind, dist.group.WORLD)[rank]
+    world = dist.group.WORLD
+    assert world is not None
+    of_world = _meshes.setdefault(world, {})
+    if kind not in of_world:
+        of_world[kind] = [DeviceMesh(kind, [each]) for each in range(dist.get_world_size())]
+    return of_world[kind][rank]
