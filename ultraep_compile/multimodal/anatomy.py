@@ -1,12 +1,12 @@
 """What one forward shows: which calls make features, what layers hand on, what each costs.
 
-The outputs of encoders and projectors are cut from the autograd graph and made its leaves. What the loss reaches of them is
-what the language model reads: features. What a projector's arguments reach ties it to the encoder before it.
+The outputs of encoders and projectors are cut off and labelled. Those that the loss is made from are what the language model
+reads: features. What a projector's own output is made from ties it to the encoder before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ultraep_compile.errors import PartsError
+from ultraep_compile.multimodal.reads import Reads
 from ultraep_compile.multimodal.roles import Roles, watch_roles
-from ultraep_compile.multimodal.skeleton import (
-    Action,
-    Shape,
-    every_parameter_trainable,
-    flatten,
-    is_state,
-    loss_of,
-    run,
-    variables_behind,
-)
+from ultraep_compile.multimodal.skeleton import Action, Shape, flatten, is_state, loss_of, run
+
+Slot = tuple[int, int]
+"""(call of a part, leaf of its output)."""
+_LAST = "last"
+"""Label of what the last layer returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,7 @@ class Anatomy:
 
 
 def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None) -> Anatomy:
-    """Run a model once on a batch, with gradients but without a backward.
+    """Run a model once on a batch, without a backward.
 
     Raises:
         PartsError: no encoder, or no language model with a list of layers, was found.
@@ -122,12 +119,12 @@ def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None
         )
     found = Anatomy(model, roles, list(model.get_submodule(roles.layers)))  # pyright: ignore[reportArgumentType]
     watcher = _Watcher(found)
-    with torch.enable_grad(), every_parameter_trainable(model), watcher.flops:
+    with torch.enable_grad(), watcher.reads, watcher.flops:
         left, output = run(model, batch, watcher.actions())
         loss = loss_of(output)
         found.heads = [watcher.head(path, loss) for path in roles.trained]
+        read = watcher.read(loss)
     assert not left
-    read = watcher.leaves_behind([loss, *watcher.ends])
     found.groups = _groups(found, watcher, read)
     n = len(found.layers)
     found.costs = [watcher.spent[i] for i in range(n)]
@@ -154,16 +151,15 @@ class _Flops(TorchDispatchMode):
 class _Watcher:
     def __init__(self, found: Anatomy) -> None:
         self.found = found
+        self.reads = Reads()
         self.flops = _Flops()
-        self.cut: dict[int, tuple[int, int]] = {}  # id of a leaf -> (call, place in the call's output)
         self.calls: list[str] = []
-        self.fed_by: list[set[int]] = []  # per call: calls whose outputs its arguments depend on
-        self.alive: list[Tensor] = []
+        self.made: list[list[Any]] = []  # per call the leaves of its output
+        self.fed_by: list[set[int]] = []  # per call: calls whose outputs its own is made from
         self.spent: dict[int, float] = {}
         self.outputs: dict[int, tuple[list[Any], Any]] = {}
         self.in_parts, self.before, self.at = 0.0, 0.0, 0.0
-        self.ends: list[Tensor] = []  # what the last layer and generators returned, before it was cut
-        self.last: set[int] = set()  # ids of what the last layer returned
+        self.ends: set[Slot] = set()  # what the last layer and generators are made from, before their outputs are cut
         self.heads: dict[str, list[tuple[tuple[int, ...], list[Any]]]] = {}
 
     def actions(self) -> dict[nn.Module, Action]:
@@ -174,25 +170,16 @@ class _Watcher:
         made |= {f.part(p): self._head(p) for p in f.roles.trained}
         return made | {layer: self._layer(i) for i, layer in enumerate(f.layers)}
 
-    def _fresh(self, state: Tensor) -> Tensor:
-        """A state as a leaf of the graph."""
-        fresh = state.detach().requires_grad_()
-        self.alive.append(fresh)  # an id is unique only while its object lives
-        return fresh
-
     def _part(self, path: str) -> Action:
         def action(own: Any, args: Any, kwargs: Any) -> Any:
             call = len(self.calls)
             self.calls.append(path)
-            self.fed_by.append({c for c, _ in self.leaves_behind(pytree.tree_leaves((args, kwargs)))})
             start = self.flops.total
             leaves, spec = flatten(own(*args, **kwargs))
             self.in_parts += self.flops.total - start
-            for i, leaf in enumerate(leaves):
-                if is_state(leaf):
-                    fresh = self._fresh(leaf)
-                    self.cut[id(fresh)] = (call, i)
-                    leaves[i] = fresh.clone()
+            self.fed_by.append({c for c, _ in self.slots_behind((args, kwargs, leaves))})
+            self.made.append(leaves)
+            leaves = [self.reads.cut(x, (call, i)) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
             return pytree.tree_unflatten(leaves, spec)
 
         return action
@@ -209,12 +196,8 @@ class _Watcher:
             self.outputs[index] = ([None if is_state(x) else x for x in leaves], spec)
             if index + 1 < len(self.found.layers) or not self.found.roles.trained:
                 return output
-            for i, leaf in enumerate(leaves):
-                if is_state(leaf):
-                    self.ends.append(leaf)
-                    fresh = self._fresh(leaf)
-                    self.last.add(id(fresh))
-                    leaves[i] = fresh.clone()
+            self.ends |= self.slots_behind(leaves)
+            leaves = [self.reads.cut(x, _LAST) if is_state(x) else x for x in leaves]
             return pytree.tree_unflatten(leaves, spec)
 
         return action
@@ -222,12 +205,12 @@ class _Watcher:
     def _head(self, path: str) -> Action:
         def action(own: Any, args: Any, kwargs: Any) -> Any:
             given = pytree.tree_leaves((args, kwargs))
-            read = tuple(i for i, x in enumerate(given) if any(id(v) in self.last for v in variables_behind([x])))
+            read = tuple(i for i, x in enumerate(given) if isinstance(x, Tensor) and _LAST in self.reads.made_from(x))
             start = self.flops.total
             leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
             self.at += self.flops.total - start
-            self.ends += [x for x in leaves if is_state(x)]
-            leaves = [self._fresh(x) if is_state(x) else x for x in leaves]
+            self.ends |= self.slots_behind(leaves)
+            leaves = [self.reads.cut(x, path).requires_grad_() if is_state(x) else x for x in leaves]
             self.heads.setdefault(path, []).append((read, leaves))
             return pytree.tree_unflatten([x.clone() if is_state(x) else x for x in leaves], spec)
 
@@ -248,11 +231,17 @@ class _Watcher:
             factor = None if slope is None else float(slope)
         return Head(path, read, factor)
 
-    def leaves_behind(self, values: Iterable[Any]) -> set[tuple[int, int]]:
-        return {self.cut[id(v)] for v in variables_behind(values) if id(v) in self.cut}
+    def slots_behind(self, values: Any) -> set[Slot]:
+        return {label for label in self.reads.made_from(values) if isinstance(label, tuple)}
+
+    def read(self, loss: Tensor) -> set[Slot]:
+        """Outputs of calls that the loss is made from. Integers only where no state of their call is: codes of a quantiser."""
+        found = self.slots_behind(loss) | self.ends
+        states = {c for c, i in found if is_state(self.made[c][i])}
+        return {(c, i) for c, i in found if is_state(self.made[c][i]) or c not in states}
 
 
-def _groups(found: Anatomy, watcher: _Watcher, read: set[tuple[int, int]]) -> list[Group]:
+def _groups(found: Anatomy, watcher: _Watcher, read: set[Slot]) -> list[Group]:
     """Parts tied by what they hand to one another; named by the first of them."""
     graph: nx.Graph = nx.Graph()
     graph.add_nodes_from(dict.fromkeys(watcher.calls))

@@ -70,12 +70,13 @@ class Calls:
 
     def _watch(self, inputs: Mapping[str, Any]) -> list[PartCall]:
         calls: list[PartCall] = []
+        slots = {slot for g in self.anatomy.groups for slot in g.slots}
 
         def noted(path: str) -> Action:
             def action(own: Any, args: Any, kwargs: Any) -> Any:
                 output = own(*args, **kwargs)
                 leaves, spec = flatten(output)
-                kept = (Shape(tuple(x.shape), x.dtype, x.device) if is_state(x) else x for x in leaves)
+                kept = (_shape(x) if is_state(x) or (path, i) in slots else x for i, x in enumerate(leaves))
                 calls.append(PartCall(path, tuple(kept), spec))
                 return output
 
@@ -88,6 +89,10 @@ class Calls:
         with torch.no_grad():
             run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave})
         return calls
+
+
+def _shape(value: Tensor) -> Shape:
+    return Shape(tuple(value.shape), value.dtype, value.device)
 
 
 def _signed(value: Any) -> tuple[Any, ...]:

@@ -66,19 +66,47 @@ def trace_reads(
     """
     model, parts = anatomy.model, (*encoders, *stages, *generators)
     with torch.enable_grad(), every_parameter_trainable(model):
-        feeds, last = _chain(anatomy, encoders, stages, generators, batch)
+        feeds, last = _chain(anatomy, encoders, stages, batch)
         for generator in generators:
+            _trace_generator(generator, last, batch)
             generator.head.divides = _divides(generator, last, batch, division)
         _nothing_forgotten(model, parts, batch)
     try:
         with _other_mode(model), torch.no_grad():
-            more, _ = _chain(anatomy, encoders, stages, generators, batch)
+            more, _ = _chain(anatomy, encoders, stages, batch)
     except Exception as reason:
         log.info("weights that %s uses in the other mode are not known: %s", type(model).__name__, reason)
     else:
         feeds = {name: tuple(sorted({*several, *more[name]})) for name, several in feeds.items()}
     read = {n for part in parts for n in part.reads}
     return feeds, [n for n, _ in model.named_parameters() if n not in read]
+
+
+def _trace_generator(generator: GeneratorModule, states: tuple[Tensor, ...], batch: Mapping[str, Any]) -> None:
+    """Set what a generator reads, which of that has gradients from its part of the loss, and whether the rest of the loss has some, too.
+
+    Outside of the generator, parameters of its part of the loss have other gradients when it returns zeros; those of the rest have
+    the same.
+    """
+    model = generator.anatomy.model
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    with Reads(dict(model.named_parameters())) as reads:
+        losses = generator.losses(states, **batch)
+    behind = reads.behind(losses)
+    own = {id(p) for p in model.get_submodule(generator.head.name).parameters()}
+    generator.reads = tuple(n for n, p in zip(names, parameters, strict=True) if id(p) in own or n in behind)
+    generator.trains = frozenset(generator.reads)
+    if len(losses) == 1:  # left behind the generator: nothing else is in it
+        return
+    grads = [
+        torch.autograd.grad(x, parameters, allow_unused=True) if x.requires_grad else [None] * len(names)
+        for x in losses
+    ]
+    same = {n for n, a, b in zip(names, *grads, strict=True) if a is not None and b is not None and torch.equal(a, b)}
+    generator.trains -= same
+    generator.shares_weights = any(
+        n in generator.trains and b is not None and bool(b.any()) for n, b in zip(names, grads[1], strict=True)
+    )
 
 
 def _nothing_forgotten(model: nn.Module, parts: Sequence[PartModule], batch: Mapping[str, Any]) -> None:
@@ -111,17 +139,16 @@ def trace_feeds(
 ) -> dict[str, tuple[int, ...]]:
     """Encoder -> stages that read its features."""
     with torch.enable_grad(), every_parameter_trainable(anatomy.model):
-        return _chain(anatomy, encoders, stages, (), batch)[0]
+        return _chain(anatomy, encoders, stages, batch)[0]
 
 
 def _chain(
     anatomy: Anatomy,
     encoders: Sequence[EncoderModule],
     stages: Sequence[StageModule],
-    generators: Sequence[GeneratorModule],
     batch: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[int, ...]], tuple[Tensor, ...]]:
-    """Run the parts, add to their `reads`; the stages that read each encoder's features, and what the last stage returns."""
+    """Run encoders and stages, add to their `reads`; the stages that read each encoder's features, and what the last stage returns."""
     model = anatomy.model
     parameters = dict(model.named_parameters())
 
@@ -149,8 +176,6 @@ def _chain(
             if any((name, i) in behind for i in range(len(group))):
                 feeds[name].append(index)
         hidden = _leaves(made)
-    for generator in generators:
-        noted(generator, [generator.head.name], {}, lambda g=generator: g(hidden, **batch))
     return {n: tuple(s) for n, s in feeds.items()}, hidden
 
 

@@ -15,7 +15,8 @@ from ultraep_compile.multimodal.anatomy import Anatomy, Stream
 from ultraep_compile.multimodal.calls import Calls, answers
 from ultraep_compile.multimodal.division import Division
 from ultraep_compile.multimodal.modules import EncoderModule, Outputs
-from ultraep_compile.multimodal.skeleton import Action, Left, is_state, run, variables_behind
+from ultraep_compile.multimodal.reads import Reads
+from ultraep_compile.multimodal.skeleton import Action, Left, is_state, run
 from ultraep_compile.preparation import untouched
 
 Features = dict[str, tuple[Tensor, ...]]
@@ -46,7 +47,7 @@ def learn_inputs(anatomy: Anatomy, batch: Mapping[str, Any]) -> tuple[str, Featu
             learned = []
             for stream, mine in zip(group.streams, own, strict=True):
                 changed = [
-                    (p, [x * 0.5 + 1 if is_state(x) else x for x in v] if c in mine else v)
+                    (p, [_other(x) for x in v] if c in mine else v)
                     for c, (p, v) in enumerate(outputs[group.name])
                 ]
                 given = {**features, group.name: encoders[group.name].features(changed)}
@@ -69,12 +70,14 @@ def _streams(calls: Mapping[str, set[int]]) -> tuple[tuple[Stream, ...], list[se
 
 
 def _calls_behind(encoder: EncoderModule, batch: Mapping[str, Any]) -> dict[str, set[int]]:
-    """State among the inputs -> calls of encoder and projectors whose outputs could pass it a gradient."""
-    leaves = {k: v.detach().requires_grad_() for k, v in batch.items() if is_state(v)}
-    with torch.enable_grad():
-        made = encoder.outputs({**batch, **{k: v.clone() for k, v in leaves.items()}})
-    behind = [{id(v) for v in variables_behind(outputs)} for _, outputs in made]
-    calls = {k: {c for c, ids in enumerate(behind) if id(v) in ids} for k, v in leaves.items()}
+    """State among the inputs -> calls of encoder and projectors whose outputs are made from it."""
+    reads = Reads()
+    with reads:
+        for key, value in batch.items():
+            if is_state(value):
+                reads.name(value, key)
+        behind = [reads.made_from(outputs) for _, outputs in encoder.outputs(batch)]
+    calls = {k: {c for c, keys in enumerate(behind) if k in keys} for k in batch}
     return {k: c for k, c in calls.items() if c}
 
 
@@ -118,6 +121,13 @@ def _runs_without(anatomy: Anatomy, batch: Mapping[str, Any], keys: tuple[str, .
         first_states(anatomy, {k: v for k, v in batch.items() if k not in keys}, {})
         return True
     return False
+
+
+def _other(value: Any) -> Any:
+    """A tensor of other values: of codes, others that occur."""
+    if is_state(value):
+        return value * 0.5 + 1
+    return value.max() + value.min() - value if isinstance(value, Tensor) and value.numel() else value
 
 
 def _placeholder(before: Tensor, after: Tensor, batch: Mapping[str, Any]) -> tuple[str, tuple[int, ...]] | None:
@@ -169,12 +179,16 @@ def _same_by_pieces(
         return False
     dims = [_dim_of_rows([m[i].shape for m in made], f.shape) for i, f in enumerate(expected)]
     same = all(
-        d is not None and torch.allclose(torch.cat([m[i] for m in made], d), f, rtol=1e-3, atol=1e-5)
+        d is not None and _close(torch.cat([m[i] for m in made], d), f)
         for i, (d, f) in enumerate(zip(dims, expected, strict=True))
     )
     if same:
         group.dims = [d for d in dims if d is not None]
     return same
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5) if is_state(b) else torch.equal(a, b)
 
 
 def _dim_of_rows(pieces: Sequence[Sequence[int]], whole: Sequence[int]) -> int | None:

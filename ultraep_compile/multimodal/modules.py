@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -180,6 +180,19 @@ class StageModule(PartModule):
         )
 
 
+@contextlib.contextmanager
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These parameters get no gradients from what is run meanwhile."""
+    others = [p for p in parameters if p.requires_grad]
+    try:
+        for p in others:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
 def _states_of(head: Head, found: dict[str, list[Tensor]]) -> Action:
     """In the place of a generator: note what it would read, return zeros."""
 
@@ -206,8 +219,18 @@ class GeneratorModule(PartModule):
         self.calls, self.head = calls, head
         start = sum(len(h.states) for h in anatomy.heads[: anatomy.heads.index(head)])
         self.mine = slice(start, start + len(head.states))
+        self.trains: frozenset[str] = frozenset()
+        """Parameters that have gradients from the generator's part of the loss; others that it reads, from the rest alone."""
+        self.shares_weights = True
+        """Has the rest of the loss gradients to parameters of `trains`? Those must cancel, too."""
 
     def forward(self, states: tuple[Tensor, ...], **inputs: Any) -> Tensor:
+        with _frozen(p for n, p in self.anatomy.model.named_parameters() if n not in self.trains):
+            loss, *rest = self.losses(states, **inputs)
+        return loss - rest[0] if rest else loss
+
+    def losses(self, states: tuple[Tensor, ...], **inputs: Any) -> tuple[Tensor, ...]:
+        """The generator's own loss; or the model's with it, and the model's with zeros in the place of its output."""
         index, count = inputs.pop(SAMPLE, (0, 1))
         mine = states[self.mine] if count == 1 else [s[index : index + 1] for s in states[self.mine]]
         given = iter([s.clone() for s in mine])  # the model may write into it
@@ -224,10 +247,10 @@ class GeneratorModule(PartModule):
 
         left, output = self._around(inputs, generate)
         if left:
-            return output / count
-        with torch.no_grad():
+            return (output / count,)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.shares_weights):
             _, silent = self._around(inputs, self.head.silent)
-        return (loss_of(output) - loss_of(silent)) / count
+        return loss_of(output) / count, loss_of(silent) / count
 
     def _around(self, inputs: Mapping[str, Any], generate: Action) -> tuple[bool, Any]:
         anatomy = self.anatomy

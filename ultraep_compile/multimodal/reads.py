@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ FILLED = frozenset(
         "new_zeros",
         "new_ones",
         "new_full",
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
     )
 )
 """Operations that take the shape of a tensor, and none of its values."""
@@ -72,19 +75,20 @@ class Reads(TorchDispatchMode):
     tensor that was overwritten since counts as well. Compiled code runs eagerly meanwhile.
     """
 
-    def __init__(self, watched: Mapping[str, Tensor]) -> None:
+    def __init__(self, watched: Mapping[Any, Tensor] | None = None) -> None:
         super().__init__()
-        self.names = list(watched)
-        self.written: set[str] = set()
+        watched = watched or {}
+        self.names: dict[Hashable, int] = {name: 1 << n for n, name in enumerate(watched)}
+        self.written: set[Any] = set()
         """Watched tensors that were written into."""
         self._looked = 0
         self._spans: dict[Any, list[tuple[int, int, int]]] = {}
         self._made: dict[Any, tuple[Any, int]] = {}  # memory -> (what keeps its key from being used again, bits)
         self._around = contextlib.ExitStack()
-        for n, tensor in enumerate(watched.values()):
+        for name, tensor in watched.items():
             for part in _plain(tensor):
                 key, _ = _memory(part)
-                self._spans.setdefault(key, []).append((*_extent(part), 1 << n))
+                self._spans.setdefault(key, []).append((*_extent(part), self.names[name]))
 
     def __enter__(self) -> Reads:
         self._around.enter_context(_stance())
@@ -115,12 +119,31 @@ class Reads(TorchDispatchMode):
         """Python gets to know the values of tensors."""
         self._looked |= self._bits(tensors)
 
-    def behind(self, values: Any) -> set[str]:
+    def behind(self, values: Any) -> set[Any]:
         """Names of the watched tensors that values are made from, or that Python has looked at."""
         return self._named(self._looked | self._bits(tensors_in(values)))
 
-    def _named(self, bits: int) -> set[str]:
-        return {name for n, name in enumerate(self.names) if bits >> n & 1} if bits else set()
+    def made_from(self, values: Any) -> set[Any]:
+        """Names of the watched tensors that values are computed from by operations alone."""
+        return self._named(self._bits(tensors_in(values)))
+
+    def name(self, tensor: Tensor, name: Hashable) -> None:
+        """Watch a tensor that was made meanwhile, too; several may have one name."""
+        bit = self.names.setdefault(name, 1 << len(self.names))
+        for part in _plain(tensor):
+            key, keeper = _memory(part)
+            self._made[key] = (keeper, bit | self._made.get(key, (None, 0))[1])
+
+    def cut(self, tensor: Tensor, name: Hashable) -> Tensor:
+        """A copy of a tensor that has this name, and of which nothing else counts any more."""
+        copy = tensor.detach().clone()
+        for part in _plain(copy):
+            self._made.pop(_memory(part)[0], None)
+        self.name(copy, name)
+        return copy
+
+    def _named(self, bits: int) -> set[Any]:
+        return {name for name, bit in self.names.items() if bits & bit} if bits else set()
 
     def _bits(self, tensors: Iterable[Tensor]) -> int:
         bits = 0

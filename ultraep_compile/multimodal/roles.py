@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ultraep_compile.multimodal.skeleton import every_parameter_trainable, is_state, loss_of, variables_behind
+from ultraep_compile.multimodal.reads import Reads, tensors_in
+from ultraep_compile.multimodal.skeleton import find_loss, flatten, is_state
 from ultraep_compile.preparation import untouched, warm_up
 
 _DEPTH = 2
@@ -66,15 +66,14 @@ def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any)
     ran = sorted((s for s in stacks if seen.started(s) is not None), key=lambda s: seen.started(s) or 0)
     if len(ran) < 2:
         return roles
-    llm_stack, behind, feeds = _language_model(model, ran, *args, **kwargs)
-    end = seen.ended(llm_stack)
-    behind += [s for s in ran if s not in behind and (seen.started(s) or 0) > end]
-    others = [s for s in ran if s != llm_stack and s not in behind]
-    if not others:
+    fed_by = _watch_flow(model, {s: seen.called(s) for s in ran}, *args, **kwargs)
+    llm_stack, others, behind = _language_model(model, ran, fed_by)
+    if not others and not behind:
         return roles
     roles.layers = llm_stack
-    sources = [s for s in others if not feeds[s] - {s}] or others
-    roles.llm = [_highest(llm_stack, without=[*sources, *behind])]
+    sources = [s for s in others if not fed_by.stacks[s] - {s}] or others
+    aside = [s for s in ran if s not in (llm_stack, *others, *behind)]
+    roles.llm = [_highest(llm_stack, without=[*sources, *behind, *aside])]
     fed: list[str] = []
     for stack in others:
         part = _highest(stack, without=[llm_stack, *behind])
@@ -83,17 +82,20 @@ def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any)
             (roles.within if inside else roles.projectors if seen.reads(part, fed) else roles.encoders).append(part)
             fed.append(part)
     roles.trained = list(dict.fromkeys(_highest(s, without=[llm_stack, *others]) for s in behind))
-    _beside_the_stacks(model, roles, seen, fed)
+    _beside_the_stacks(model, roles, seen, fed, fed_by)
     roles.generators = [*roles.trained, *roles.generators]
     roles.called = {p: seen.called(p) for p in (*roles.encoders, *roles.projectors, *roles.within)}
     return roles
 
 
-def _beside_the_stacks(model: nn.Module, roles: Roles, seen: _Seen, fed: list[str]) -> None:
-    """Parts without a stack of their own: projectors before the language model, generators behind it or never called."""
+def _beside_the_stacks(model: nn.Module, roles: Roles, seen: _Seen, fed: list[str], fed_by: _FedBy) -> None:
+    """Parts without a stack of their own: projectors before the language model, generators behind it or never called.
+
+    What neither feeds the language model nor is fed by it (an autoencoder that makes targets) is no part.
+    """
     known = {*fed, *roles.llm, *roles.trained}
-    first = min(seen.started(p) or 0 for p in fed)
-    start, end = seen.started(roles.layers) or 0, seen.ended(roles.layers)
+    first = min((seen.started(p) or 0 for p in fed), default=0)
+    start = seen.started(roles.layers) or 0
     behind = []
     for path in _beside(model, roles.llm[0]):
         if any(path == k or k.startswith(f"{path}.") for k in known) or _is_embedding(model.get_submodule(path)):
@@ -101,77 +103,123 @@ def _beside_the_stacks(model: nn.Module, roles: Roles, seen: _Seen, fed: list[st
         when = seen.started(path)
         if when is None:
             roles.generators.append(path)
-        elif first < when < start:
+        elif first < when < start and path in fed_by.feeding:
             roles.projectors.append(path)
-        elif when > end:
+        elif roles.layers in fed_by.of(path):
             behind.append(path)
     deep = [p for p in behind if _matrices(model.get_submodule(p)) > 1]
     if len(behind) > len(deep) or roles.trained:  # one of them must be the head that makes the logits
         roles.trained += deep
 
 
-def _language_model(
-    model: nn.Module, ran: list[str], *args: Any, **kwargs: Any
-) -> tuple[str, list[str], dict[str, set[str]]]:
-    """The stack that makes the logits, the stacks that it feeds (generators), and what each stack is fed by.
+@dataclass(slots=True)
+class _FedBy:
+    """What stacks and other modules are fed by in a forward, with the outputs of all layers of stacks cut off."""
 
-    With the outputs of all layers cut from the autograd graph, the loss reaches the stacks that no other stack stands behind:
-    the language model and generators. The first of them that another stack feeds is the language model, unless it is itself
-    behind a much larger one that reads tokens: then it is all that stands between that one and the loss.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    reads_tokens: set[str] = set()
-    owner: dict[int, str] = {}
-    alive: list[Tensor] = []
-    feeds: dict[str, set[str]] = {s: set() for s in ran}
+    stacks: dict[str, set[str]]
+    """Stack -> stacks behind what its layers make."""
+    modules: dict[str, set[str]] = field(default_factory=dict)
+    """Module -> stacks behind what it is given."""
+    feeding: set[str] = field(default_factory=set)
+    """Modules near the top whose outputs some layer of a stack is made from."""
+    tokens: set[str] = field(default_factory=set)
+    """Stacks whose layers are made from looked-up ids."""
+    read: set[str] = field(default_factory=set)
+    """Stacks that the loss is made from without another between."""
 
-    def note(stack: str) -> Callable:
+    def of(self, path: str) -> set[str]:
+        """Stacks that feed a module or one in it."""
+        return {s for p, fed in self.modules.items() if p == path or p.startswith(f"{path}.") for s in fed}
+
+
+def _watch_flow(model: nn.Module, layers: dict[str, list[str]], *args: Any, **kwargs: Any) -> _FedBy:
+    """Args: layers: of each stack, the modules that are called."""
+    found = _FedBy({s: set() for s in layers})
+    reads = Reads()
+
+    def given(path: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            behind = {id(v) for v in variables_behind(pytree.tree_leaves((args, kwargs)))}
-            feeds[stack] |= {owner[i] for i in behind if i in owner}
-            if behind & embeddings:
-                reads_tokens.add(stack)
+            found.modules.setdefault(path, set()).update(s for kind, s in reads.made_from((args, kwargs)) if kind == "stack")
 
         return hook
+
+    def made(path: str) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for t in tensors_in(output):
+                reads.name(t, ("module", path))
+
+        return hook
+
+    def looked_up(module: nn.Module, args: Any, output: Any) -> None:
+        ids = next(iter(tensors_in(args)), None)  # several for each sample: a time step is no token
+        if ids is not None and ids.dim() > 1 and ("input", "") in reads.made_from(ids):
+            reads.name(output, ("tokens", ""))
 
     def cut(stack: str) -> Callable:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            leaves, spec = pytree.tree_flatten(output)
-            for i, leaf in enumerate(leaves):
-                if is_state(leaf):
-                    fresh = leaf.detach().requires_grad_()
-                    alive.append(fresh)
-                    owner[id(fresh)] = stack
-                    leaves[i] = fresh.clone()
-            return pytree.tree_unflatten(leaves, spec)
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            for kind, name in reads.made_from((args, kwargs, output)):
+                if kind == "stack":
+                    found.stacks[stack].add(name)
+                elif kind == "module":
+                    found.feeding.add(name)
+                elif kind == "tokens":
+                    found.tokens.add(stack)
+            leaves, spec = flatten(output)
+            return pytree.tree_unflatten(
+                [reads.cut(x, ("stack", stack)) if isinstance(x, Tensor) else x for x in leaves], spec
+            )
 
         return hook
 
-    layers = [(s, layer) for s in ran for layer in model.get_submodule(s).children()]
-    handles = [layer.register_forward_pre_hook(note(s), with_kwargs=True) for s, layer in layers]
-    # before hooks that keep outputs
-    handles += [layer.register_forward_hook(cut(s), prepend=True) for s, layer in layers]
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(given(path), with_kwargs=True))
+        if 0 < len(path) and path.count(".") <= _DEPTH:
+            handles.append(module.register_forward_hook(made(path)))
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(looked_up))
+    for stack in layers:
+        for path in layers[stack]:  # before hooks that keep outputs
+            layer = model.get_submodule(path)
+            handles.append(layer.register_forward_hook(cut(stack), prepend=True, with_kwargs=True))
+    for t in tensors_in((args, kwargs)):
+        if not is_state(t):
+            reads.name(t, ("input", ""))
     try:
-        with untouched(model), torch.enable_grad(), every_parameter_trainable(model):
+        with untouched(model), reads:
             output = model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
+            loss = find_loss(output)
+            found.read = {s for kind, s in reads.made_from(output if loss is None else loss) if kind == "stack"}
     finally:
         for handle in handles:
             handle.remove()
-    read = {owner[id(v)] for v in variables_behind(pytree.tree_leaves(loss_of(output))) if id(v) in owner}
+    return found
+
+
+def _language_model(model: nn.Module, ran: list[str], fed_by: _FedBy) -> tuple[str, list[str], list[str]]:
+    """The stack that makes the logits, the stacks that it is fed by, and those that it feeds (generators).
+
+    With the outputs of all layers cut off, the loss is made from the stacks that no other stack stands behind: the language model and
+    generators. The first of them that another stack feeds is the language model, unless it is itself behind one that reads
+    tokens, and is much smaller than that, or reads no tokens itself: then it is a generator.
+    """
+    feeds = fed_by.stacks
     graph: nx.DiGraph = nx.DiGraph([(feeder, s) for s in ran for feeder in feeds[s] - {s}])
     graph.add_nodes_from(ran)
     chained = [s for s in ran if s in feeds[s]]  # a layer reads the one before: heads for several depths do not
-    maker = next((s for s in chained if s in read and feeds[s] - {s}), ran[-1])
-    for s in chained:
-        if (
-            s in reads_tokens
-            and feeds[s] - {s}
-            and maker in nx.descendants(graph, s)
-            and _size(model, s) > 1.5 * _size(model, maker)
+    maker = next((s for s in chained if s in fed_by.read and feeds[s] - {s}), ran[-1])
+    for s in sorted(chained, key=lambda s: not feeds[s] - {s}):  # text alone comes last: an encoder of it, perhaps
+        if s not in fed_by.tokens or maker not in nx.descendants(graph, s):
+            continue
+        larger = _size(model, s) / _size(model, maker)
+        reads_no_tokens = maker not in fed_by.tokens
+        if (feeds[s] - {s} and (larger > 1.5 or reads_no_tokens)) or (
+            reads_no_tokens and (s in fed_by.read or larger > 1)
         ):
             maker = s
             break
-    return maker, [s for s in ran if s in nx.descendants(graph, maker)], feeds
+    before, behind = nx.ancestors(graph, maker), nx.descendants(graph, maker)
+    return maker, [s for s in ran if s in before], [s for s in ran if s in behind]
 
 
 def _size(model: nn.Module, path: str) -> int:
@@ -236,10 +284,6 @@ class _Seen:
         """When the first module of a part ran; containers do not run themselves."""
         inside = [i for p, i in self.order.items() if p == path or p.startswith(f"{path}.")]
         return min(inside, default=None)
-
-    def ended(self, path: str) -> int:
-        """When the last module of a part began to run."""
-        return max((i for p, i in self.order.items() if p.startswith(f"{path}.")), default=0)
 
     def called(self, path: str) -> list[str]:
         """The outermost modules of a part that ran themselves."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.absent import Absent
 from ultraep_compile.preparation import untouched
 
@@ -154,14 +155,56 @@ class Shape:
         return Absent(self.sizes, self.dtype, self.device, [source])
 
 
+def find_loss(output: Any) -> Tensor | None:
+    """The loss in a model's output: what is called `loss`, else its first value or the only one that is a single number.
+
+    None if there is none, or several numbers that may be it.
+    """
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if named is not None:
+        return named if _is_number(named) else None
+    values = [output] if isinstance(output, Tensor) else _values(output)
+    if values and not isinstance(output, Mapping) and _is_number(values[0]):
+        return values[0]
+    single = [x for v in values for x in pytree.tree_leaves(v) if _is_number(x)]
+    return single[0] if len(single) == 1 else None
+
+
 def loss_of(output: Any) -> Tensor:
-    """The loss in a model's output: the output itself, its `loss`, or its first value."""
+    """`find_loss`, or a PartsError that says what the output is."""
+    found = find_loss(output)
+    if found is None:
+        raise PartsError(
+            f"the forward returned no loss but {_told(output)}. It must return one number (of a floating type): alone, as `loss`, or as "
+            "the first value; give labels, and return the mean of losses per sample."
+        )
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return is_state(value) and value.numel() == 1
+
+
+def _values(output: Any) -> list[Any]:
+    """The top values of an output."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if isinstance(output, (tuple, list)):
+        return list(output)
+    if dataclasses.is_dataclass(output):
+        return [getattr(output, f.name) for f in dataclasses.fields(output)]
+    return []
+
+
+def _told(output: Any) -> str:
+    """An output in words."""
     if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and output.get("loss") is not None:
-        return output["loss"]
-    found = getattr(output, "loss", None)
-    return found if found is not None else output[0]
+        return f"a tensor of shape {list(output.shape)}, {output.dtype}"
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__}({', '.join(f'{k}: {_told(v)}' for k, v in list(output.items())[:6])})"
+    if isinstance(output, (tuple, list)):
+        return f"{type(output).__name__} of ({'; '.join(_told(v) for v in output[:6])})"
+    return f"a {type(output).__name__}"
 
 
 def variables_behind(values: Iterable[Any]) -> list[Tensor]:
