@@ -71,7 +71,7 @@ def watch_roles(model: nn.Module, experts: list[str], *args: Any, **kwargs: Any)
     if not others and not behind:
         return roles
     roles.layers = llm_stack
-    sources = [s for s in others if not fed_by.stacks[s] - {s}] or others
+    sources = fed_by.sources(others)
     aside = [s for s in ran if s not in (llm_stack, *others, *behind)]
     roles.llm = [_highest(llm_stack, without=[*sources, *behind, *aside])]
     fed: list[str] = []
@@ -126,6 +126,14 @@ class _FedBy:
     """Stacks whose layers are made from looked-up ids."""
     read: set[str] = field(default_factory=set)
     """Stacks that the loss is made from without another between."""
+
+    def sources(self, among: list[str]) -> list[str]:
+        """Stacks that no other feeds, or only such as they feed themselves: those of one tower, that take turns."""
+        graph: nx.DiGraph = nx.DiGraph([(feeder, s) for s in among for feeder in self.stacks[s] if feeder in among])
+        graph.add_nodes_from(among)
+        together = nx.condensation(graph)
+        first = [together.nodes[n]["members"] for n, degree in together.in_degree() if degree == 0]
+        return [s for s in among if any(s in members for members in first)]
 
     def of(self, path: str) -> set[str]:
         """Stacks that feed a module or one in it."""
