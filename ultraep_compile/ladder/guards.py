@@ -310,6 +310,11 @@ class Reads:
             if not _holds_numbers(read, then):
                 yield f"numbers of {path} that Python reads have changed"
 
+    def size(self) -> int:
+        """How many things are compared."""
+        kinds = (self.same.noted, self.equal.noted, self.classes, self.lengths, self.computed, self.contents)
+        return sum(map(len, kinds))
+
     def digest(self) -> int:
         """Equal on all ranks that read the same, 63 bits."""
         lines = sorted(

@@ -18,7 +18,7 @@ from ultraep_compile.ladder.divided import division_of, eager_forward, own_forwa
 from ultraep_compile.ladder.groups import Siblings
 from ultraep_compile.ladder.guards import Reads
 from ultraep_compile.ladder.recording import Call, author_forward, is_sizes
-from ultraep_compile.ladder.standing import EAGER, STANDING, Standing, choice, choice_for, look
+from ultraep_compile.ladder.standing import EAGER, RAISE, STANDING, Standing, choice, choice_for, look, raise_error
 from ultraep_compile.ladder.together import Ranks
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -160,6 +160,8 @@ def install(owner: nn.Module, layer: LiftedLayer, name: str, states: Sequence[tu
                     chosen = choice(tuple([t.dtype for t in tensors]))
                 else:
                     chosen = choice_for(self, tuple([t.dtype for t in tensors]))
+                if chosen == RAISE:
+                    raise_error(self)  # pyright: ignore[reportCallIssue]
                 if chosen == EAGER:
                     return eager_forward(base, self, args, kwargs)  # pyright: ignore[reportCallIssue]
                 if chosen and _good_for(getattr(forwards, chosen), tensors):

@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.guards import install_guard
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ultraep_compile.errors import UltraEPError
+from ultraep_compile.errors import ShardingError, UltraEPError
+from ultraep_compile.exchange import line_of
+from ultraep_compile.ladder.divided import division_of
 from ultraep_compile.ladder.guards import HOOKS, Reads, hooks_of
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 STANDING = "_ultraep_standing"
 EAGER = "eager"
 """For `choice`: the module's own forward, uncompiled. Dynamo does not look whether all modules that share a graph have hooks."""
+RAISE = "raise"
 _STATES = 8
 """Of one module that have a forward: beyond these, other states run the module's own."""
 _ATTEMPTS = 16
@@ -59,6 +63,8 @@ class Standing:
     layer: LiftedLayer
     states: list[State]
     attempts: int = 0
+    error: tuple[UltraEPError, _Guard] | None = None
+    """What lifting it anew has ended in, to be raised by its call; and the guard of that graph."""
     warned: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, lift: Lift, reads: Reads, kinds: tuple[torch.dtype, ...]) -> State:
@@ -160,6 +166,8 @@ class _Guard:
         self.others: list[State] = []
         """Where no state is chosen: those that would be."""
         self.pending: set[tuple[int, str]] = set()
+        self.once = False
+        """An error is raised once: the next call asks again."""
         self.hooks: list[dict[int, Any]] = hooks_of(owner)
         self.numbers = list(map(len, self.hooks))
 
@@ -171,7 +179,7 @@ class _Guard:
             manager.add_lambda_guard(self.holds, parts)
 
     def holds(self, module: Any) -> bool:
-        if self.owner() is not module or list(map(len, self.hooks)) != self.numbers:
+        if self.once or self.owner() is not module or list(map(len, self.hooks)) != self.numbers:
             return False
         if self.state is not None:
             return self.state.reads.hold()
@@ -191,7 +199,11 @@ class _Guard:
             )
             return EAGER
         if self.state is None and not cast:
-            self.state = lift_anew(owner, standing, kinds)
+            try:
+                self.state = lift_anew(owner, standing, kinds)
+            except UltraEPError as error:  # for the user, and not for Dynamo to wrap
+                standing.error = (error, self)
+                return RAISE
         self.others = fitting
         if self.state is None or not self.state.forward:
             return ""
@@ -207,6 +219,15 @@ class _Guard:
             )
             return EAGER
         return self.state.forward
+
+
+@torch.compiler.disable
+def raise_error(module: nn.Module) -> None:
+    standing = standing_of(module)
+    assert standing is not None and standing.error is not None
+    error, guard = standing.error
+    guard.once = True
+    raise error
 
 
 # ---- new states ------------------------------------------------------------------------------------------------------
@@ -226,6 +247,7 @@ def lift_anew(owner: nn.Module, standing: Standing, kinds: tuple[torch.dtype, ..
             "What changes in every step is better kept in a buffer"
         )
         return None
+    _agree(owner, standing, what)
     standing.attempts += 1
     log.info("%s is lifted anew: %s", standing.name, what)
     try:
@@ -243,6 +265,25 @@ def lift_anew(owner: nn.Module, standing: Standing, kinds: tuple[torch.dtype, ..
     )
     standing.states.append(State(reads, kinds, "", reason))
     return standing.states[-1]
+
+
+def _agree(owner: nn.Module, standing: Standing, what: str) -> None:
+    """Where ranks run a module together, they lift it anew together: all have come here, and for the same reason.
+
+    Raises: ShardingError where the reasons differ, PeerTimeoutError where some have not come.
+    """
+    division, group = division_of(owner), standing.layer.ranks.group
+    if division is not None:
+        group = dist.distributed_c10d._resolve_process_group(division.group)  # pyright: ignore
+    if group is None:
+        return
+    said = line_of(group).gather_objects(what, f"a new state of {standing.name}")
+    if len(set(said)) > 1:
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said[:8]))
+        raise ShardingError(
+            f"{standing.name}: its ranks run it together, and Python's state has changed differently on them ({told}). Make the same "
+            "change on all ranks, before the same step."
+        )
 
 
 def _changes(standing: Standing, kinds: tuple[torch.dtype, ...]) -> str:

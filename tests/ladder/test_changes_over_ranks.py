@@ -1,0 +1,60 @@
+"""A state of Python that changes where ranks run a layer together: on all of them, or on one alone."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import ultraep_compile
+from tests.ladder.changing import Reader
+from tests.multirank import run_ranks
+from ultraep_compile.errors import PeerTimeoutError, ShardingError
+
+
+def _step(call, model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    y = call(x)
+    y.square().mean().backward()
+    assert model.gate.weight.grad is not None
+    return {"y": y.detach(), "gate": model.gate.weight.grad.clone()}
+
+
+def _changed(rank: int, world: int) -> list[str]:
+    x = torch.randn(24 + rank, 16, generator=torch.Generator().manual_seed(rank))
+    plain = Reader()
+    ours = copy.deepcopy(plain)
+    ultraep_compile.shard_experts(ours, init_device_mesh("cpu", (world,)), (x,))
+    options = {"redundant_experts": 1, "inner": "aot_eager", "deadline_s": 5}
+    compiled = torch.compile(ours, backend="ultraep", options={**options, "expect_moe_sites": 1})
+
+    def compare() -> None:
+        want, got = _step(plain, plain, x), _step(compiled, ours, x)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+    compare()
+    for temperature in (0.3, 1.0, 0.3):
+        plain.temperature = ours.temperature = temperature
+        compare()
+    ended = []
+    ours.temperature = 2.0 + rank  # what each rank has is another thing
+    try:
+        compiled(x)
+    except ShardingError as error:
+        ended.append(str(error))
+    ours.temperature = 0.3
+    if rank == 0:
+        ours.k = 1
+    try:
+        compiled(x)
+    except PeerTimeoutError as error:
+        ended.append(type(error).__name__)
+    return ended
+
+
+def test_changes_on_all_ranks_are_followed_and_others_end_in_an_error() -> None:
+    for differ, alone in run_ranks(2, _changed, 2):
+        assert "Python's state has changed differently on them" in differ and "temperature was" in differ
+        assert alone == "PeerTimeoutError"
