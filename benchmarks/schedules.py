@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -228,18 +229,24 @@ def sweep(problems: int) -> str:
     return "\n".join(f"* {x}" for x in told) + "\n\n" + table(("problems", "number"), sorted(kinds.items()))
 
 
+def _contest(seed: int) -> tuple[list[Contest], list[tuple[bool, int, bool]]]:
+    """One problem: against every method, and whether it fits into 1 to 4 whole microbatches."""
+    problem, base = contest_problem(seed)
+    results = list(contests(problem, base))
+    assert all(result.held <= result.memory + 1e-6 for result in results), (seed, results)
+    items = bool(problem.encoders[0].items)
+    return results, [(items, memory, check_memory_asked(problem, base, memory)) for memory in (1, 2, 3, 4)]
+
+
 def contest(problems: int = 200) -> str:
     """Nested against every other method in the memory that the other one takes, and within whole numbers of microbatches."""
     seen: dict[str, list[Contest]] = {}
     fits: Counter[tuple[bool, int, bool]] = Counter()
-    for seed in track(range(problems), "contest"):
-        problem, base = contest_problem(seed)
-        for result in contests(problem, base):
-            assert result.held <= result.memory + 1e-6, (seed, result)
-            seen.setdefault(result.method, []).append(result)
-        for memory in (1, 2, 3, 4):
-            items = bool(problem.encoders[0].items)
-            fits[items, memory, check_memory_asked(problem, base, memory)] += 1
+    with ProcessPoolExecutor() as pool:
+        for results, fitted in track(pool.map(_contest, range(problems)), "contest", total=problems):
+            fits.update(fitted)
+            for result in results:
+                seen.setdefault(result.method, []).append(result)
     rows, slower = [], 0
     for method, results in seen.items():
         ratios = [r.ratio for r in results if r.ratio]

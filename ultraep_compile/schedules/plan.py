@@ -46,6 +46,7 @@ _UNEVEN = 1.8  # times c mean microbatches: held by a rank for uneven items befo
 _MERGE = 1.25
 METHODS = ("nested", *BASELINES)
 _CLOSE = 6  # schedules slightly above the memory that are brought within it
+_SHARE = 800_000  # operations in all schedules that are tried of one problem
 _EFFORT = 400_000  # operations played in a local search
 _LARGE = 8192  # ranks times microbatches
 _RIVALS = ("encoder-first", "optimus", "flush", "colocated")  # that keep the problem as it is
@@ -136,12 +137,12 @@ def _vary_depths(problem: Problem, rule: Rule, tried: _Tried) -> None:
     if rule.base == "1f1b" and most == least and best.makespan <= tried.ideal:
         return
     for drain in sorted({0, least - 1, *(range(most) if rule.memory else ())}):
-        if drain != least - 1:
+        if drain != least - 1 and not tried.enough_tried:
             tried.attempt(replace(best.rule, fill=least - 1, drain=drain), best.order)
     best = tried.best()
     drain = least - 1 if best.rule.drain is None else best.rule.drain
     for fill in sorted({0, *range(least, most)}):
-        if fill or best.makespan > tried.ideal:
+        if (fill or best.makespan > tried.ideal) and not tried.enough_tried:
             tried.attempt(replace(best.rule, fill=fill, drain=drain), best.order)
 
 
@@ -153,6 +154,8 @@ def _hold_less(problem: Problem, rule: Rule, tried: _Tried, thorough: bool) -> N
         for size in sorted({p, p // 2, p // 4, 1} - {0}, reverse=True):
             for family, ahead in (("time", 1), ("wave", 0)):
                 for fill in (None, 0):
+                    if tried.enough_tried:
+                        return
                     tight = replace(rule, family=family, ahead=ahead, encoder_group=size, level=True, fill=fill)
                     tried.attempt(tight, order)
                     if tried.attempts and not thorough:
@@ -168,10 +171,12 @@ def _hold_more(problem: Problem, rule: Rule, tried: _Tried) -> None:
     if not is_uneven(problem):
         return
     most = min(int(rule.memory or 0), -(-problem.microbatches // p))
-    orders = ((), tuple(even_order(problem)), tuple(tidal_order(problem)))
-    for n in range(2, most + 1):
+    orders = (tuple(even_order(problem)), tuple(tidal_order(problem)), ())
+    for n in range(most, 1, -1):
         for order in orders:
-            for fill in {0, 1} if n < most else {0}:
+            for fill in (0, 1) if n < most else (0,):
+                if tried.enough_tried:
+                    return
                 tried.attempt(replace(rule, family="time", ahead=1, encoder_group=n * p, fill=fill), order)
 
 
@@ -188,6 +193,8 @@ def _compete(problem: Problem, rule: Rule, tried: _Tried) -> None:
         llm = promise.llm if llm is None else llm
     caps = Caps(limit, problem.caps.generator, llm)
     for method in rivals:
+        if tried.enough_tried:
+            return
         try:
             made = BASELINES[method](problem, rule.base)
         except ScheduleError:
@@ -198,7 +205,7 @@ def _compete(problem: Problem, rule: Rule, tried: _Tried) -> None:
     if limit is None:
         return
     for close in sorted(tried.over)[:_CLOSE]:
-        if tried.attempts and close.makespan >= tried.best().makespan:
+        if tried.enough_tried or (tried.attempts and close.makespan >= tried.best().makespan):
             return
         made = fit(close.schedule, limit)
         try:
@@ -211,6 +218,8 @@ def _search(problem: Problem, tried: _Tried) -> None:
     """Local search from the best, as long as a small problem takes."""
     best = tried.best()
     count = sum(map(len, best.schedule.ranks))
+    if count > _EFFORT // 20:
+        return
     bound = lower_bound(best.schedule.problem, any(op.kind == "I" for op in best.schedule.ranks[0]))
     caps = Caps(tried.limit, best.schedule.caps.generator, best.schedule.caps.llm)
     better = improve(replace(best.schedule, caps=caps), bound * (1 + 1e-6), _EFFORT // count)
@@ -249,6 +258,7 @@ class _Tried:
         self.refused: list[ScheduleError] = []
         self.limit = min((x for x in (rule.memory, problem.caps.encoder) if x is not None), default=None)
         self.least = math.inf  # held by an attempt that held too much
+        self.spent = 0  # operations in schedules tried
         self.over: list[_Attempt] = []  # those that held too much
         work = problem.encoder_work() + problem.generator_work()
         self.ideal = max(base_run(problem.llm_only(), rule.base).end) + work / problem.ranks
@@ -271,6 +281,7 @@ class _Tried:
             self.refused.append(error)
 
     def add(self, rule: Rule, order: Order, schedule: Schedule, limit: float | None = None) -> None:
+        self.spent += sum(map(len, schedule.ranks))
         turn, held = len(self.attempts), schedule.caps.encoder or 0.0
         limit = self.limit if limit is None else limit
         if limit is not None and held > limit + 1e-6:
@@ -278,6 +289,12 @@ class _Tried:
             self.over.append(_Attempt(_makespan(schedule), held, len(self.over), rule, order, schedule))
             return
         self.attempts.append(_Attempt(_makespan(schedule), held, turn, rule, order, schedule))
+
+    @property
+    def enough_tried(self) -> bool:
+        """Whether a large problem has taken its share of planning time, a larger one while no schedule fits. Counted,
+        not measured: every rank stops at the same attempt."""
+        return self.spent > (_SHARE if self.attempts else 4 * _SHARE)
 
     def best(self) -> _Attempt:
         if not self.attempts and self.least < math.inf:
