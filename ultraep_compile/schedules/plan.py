@@ -47,7 +47,7 @@ _MERGE = 1.25
 METHODS = ("nested", *BASELINES)
 _CLOSE = 6  # schedules slightly above the memory that are brought within it
 _SHARE = 800_000  # operations in all schedules that are tried of one problem
-_EFFORT = 400_000  # operations played in a local search
+_EFFORT = 200_000  # operations played in a local search
 _LARGE = 8192  # ranks times microbatches
 _RIVALS = ("encoder-first", "optimus", "flush", "colocated")  # that keep the problem as it is
 
