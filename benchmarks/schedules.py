@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -37,10 +38,12 @@ from tests.schedules.problems import (
     random_problem,
 )
 from ultraep_compile.errors import ScheduleError
+from ultraep_compile.executor.planning import Planner
+from ultraep_compile.executor.settings import Settings
 from ultraep_compile.schedules.actions import Schedule
 from ultraep_compile.schedules.auto import choose
 from ultraep_compile.schedules.bounds import capped_bound, ideal, lower_bound
-from ultraep_compile.schedules.nested import Rule, base_run, nest
+from ultraep_compile.schedules.nested import Rule, forget_bases, nest
 from ultraep_compile.schedules.plan import METHODS, plan, plan_many
 from ultraep_compile.schedules.problem import Problem, place_virtual, uniform_problem
 from ultraep_compile.schedules.simulate import peaks, simulate
@@ -304,36 +307,51 @@ def _refuses(check: Callable[[], object]) -> bool:
 
 
 def time_planning() -> str:
-    """CPU time of planning: cold (nothing cached), warm (another pipeline of the job was planned before)."""
+    """CPU time of planning: cold (nothing cached), warm (another pipeline of the job was planned before), and of the proof;
+    of a step's new ragged batch, planned, proven and lowered."""
     rows = []
-    sizes = ((4, 16), (8, 64), (16, 128), (16, 256), (32, 512), (64, 1024))
+    sizes = ((4, 16), (8, 64), (16, 128), (16, 256), (32, 512), (64, 1024), (64, 4096))
     for p, m in sizes:
+        items = lognormal_items(p, m, 0.6, 0.3, 8, 0)
         cases = {
             "encoder": with_encoder(p, m, 0.3),
             "encoder and generator": with_encoder(p, m, 0.3, generator=0.3),
-            "uneven items": Problem(p, m, (1.0,) * m, (2.0,) * m, (lognormal_items(p, m, 0.6, 0.3, 8, 0),)),
+            "uneven microbatches": Problem(p, m, (1.0,) * m, (2.0,) * m, (replace(items, items=()),)),
+            "uneven items": Problem(p, m, (1.0,) * m, (2.0,) * m, (items,)),
         }
         for name, problem in cases.items():
-            cold, warm = [], []
-            for _ in range(15 if p <= 8 else 3):
-                base_run.cache_clear()
+            cold, warm, proof = [], [], []
+            schedule = None
+            for _ in range(15 if p <= 8 else 3 if m <= 512 else 1):
+                forget_bases()
+                schedule = None
                 cold.append(_seconds(lambda problem=problem: plan(problem)))
                 warm.append(_seconds(lambda problem=problem: plan(problem)))
-            schedule = plan(problem)
-            if p <= 16:
-                validate(schedule)
+                schedule = plan(problem)
+                proof.append(_seconds(lambda schedule=schedule: validate(schedule)))
+            assert schedule is not None
             count = sum(map(len, schedule.ranks))
-            ms = [1e3 * statistics.median(x) for x in (cold, warm)]
-            rows.append((p, m, name, count, *ms, 1e3 * max(cold), 1e3 * ms[0] / count))
-    head = ("P", "M", "problem", "operations", "cold ms", "warm ms", "slowest ms", "us per operation")
+            ms = [1e3 * statistics.median(x) for x in (cold, warm, proof)]
+            rows.append((p, m, name, count, *ms, 1e3 * max(cold), 1e3 * (ms[0] + ms[2]) / count))
+    steps = []
+    for memory in (None, 4):
+        took = []
+        for seed in range(15):
+            whole = replace(lognormal_items(8, 64, 0.6, 0.3, 4, seed), items=())
+            problem = Problem(8, 64, (1.0,) * 64, (2.0,) * 64, (whole,))
+            planner = Planner(Settings(64, encoder_memory=memory), 3)
+            took.append(1e3 * _seconds(lambda planner=planner, problem=problem: planner.program(problem)))
+        steps.append(f"encoder_memory={memory}: median {statistics.median(took):.0f} ms, slowest {max(took):.0f} ms")
+    head = ("P", "M", "problem", "operations", "cold ms", "warm ms", "proof ms", "slowest ms", "us per operation")
     job = [Problem(8, 64, (1.0,) * 64, (2.0,) * 64, (lognormal_items(8, 64, 0.6, 0.3, 8, s),)) for s in range(320)]
-    base_run.cache_clear()
+    forget_bases()
     start = time.process_time()
     plans = plan_many(job)
     took = time.process_time() - start
     for schedule in plans[::40]:
         validate(schedule)
     told = f"CPU time. 2560 GPUs as 320 pipelines of P = 8, M = 64, each with its own items: {took:.2f} s."
+    told += f" A new ragged batch inside a step, P = 8, M = 64: {'; '.join(steps)}."
     return f"{told}\n\n{table(head, rows)}"
 
 

@@ -172,6 +172,12 @@ def base_run(problem: Problem, base: str, lag: int = 1) -> BaseRun:
     return BaseRun(orders, graph, start, end, peak)
 
 
+def forget_bases() -> None:
+    """Forget the base schedules that are kept for the next plan."""
+    base_run.cache_clear()
+    _structure.cache_clear()
+
+
 @lru_cache(maxsize=16)
 def _structure(problem: Problem, base: str, lag: int) -> tuple[Orders, Graph, tuple[float, ...]]:
     """What base schedules of problems that differ in costs alone have in common."""
