@@ -99,7 +99,7 @@ def choose(
             continue
         for c in depths if cut.has_encoder else [1]:
             try:
-                schedule = plan_nested(cut, replace(rule, memory=c))
+                schedule = plan_nested(cut, replace(rule, memory=c), thorough=False)
             except ScheduleError as error:
                 tried.append(Tried(base, virtual, c, q, 0.0, 0.0, 0.0, str(error)))
                 continue
