@@ -8,12 +8,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ultraep_compile.errors import ArgumentError
-from ultraep_compile.exchange import at, line_named, line_of
-from ultraep_compile.exchange.distributed_tensors import over_mesh
+from ultraep_compile.exchange import Line, at, line_named, line_of
+from ultraep_compile.exchange.distributed_tensors import over_mesh, plainly_divided, shards
 from ultraep_compile.ops.expert_tensor import ExpertTensor
 
 
@@ -40,7 +39,7 @@ def clip_grad_norm_(
     with at(phase="optimizer"):
         total = _norm(counted, norm_type, parameters)
         if group is not None:
-            total = _over_pipeline(total, group, norm_type)
+            total = _over_ranks(total, line_of(group), norm_type)
     if error_if_nonfinite:
         torch.nn.utils.get_total_norm([total], norm_type, error_if_nonfinite=True)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
@@ -74,9 +73,9 @@ def _norm(grads: list[Tensor], norm_type: float, parameters: list[Tensor]) -> Te
     return torch.nn.utils.get_total_norm(norms, norm_type)
 
 
-def _over_pipeline(norm: Tensor, group: dist.ProcessGroup, norm_type: float) -> Tensor:
+def _over_ranks(norm: Tensor, line: Line, norm_type: float) -> Tensor:
     """The norm of all ranks' gradients from the norm of each rank's."""
-    norm, line = norm.double().clone(), line_of(group)
+    norm = norm.double().clone()
     if norm_type == float("inf"):
         line.all_reduce(norm, "the norm of all gradients", dist.ReduceOp.MAX)
         return norm.float()
@@ -86,10 +85,10 @@ def _over_pipeline(norm: Tensor, group: dist.ProcessGroup, norm_type: float) -> 
 
 
 def _holders_of(grad: Tensor) -> object:
-    """Who has a gradient, or a part of it: nobody but this rank, a mesh, or the owners of a group."""
+    """Who has a gradient, or a part of it: nobody but this rank, a mesh and how it is divided there, or the owners of a group."""
     if isinstance(grad, ExpertTensor):
         return vars(grad)["_expert_group"]
-    return grad.device_mesh if isinstance(grad, DTensor) else None
+    return (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
 
 
 def _norm_over(where: object, grads: list[Tensor], norm_type: float) -> Tensor:
@@ -100,11 +99,21 @@ def _norm_over(where: object, grads: list[Tensor], norm_type: float) -> Tensor:
         norms = norm.new_empty(line.size)
         line.all_gather(norms, norm, "the norms of all experts' gradients")
         return torch.nn.utils.get_total_norm(list(norms), norm_type)
-    if not isinstance(where, DeviceMesh):
+    if not isinstance(where, tuple):
         return torch.nn.utils.get_total_norm(grads, norm_type)
+    mesh, _ = where
+    first = grads[0]
+    assert isinstance(first, DTensor)
+    if plainly_divided(first) and norm_type != 0:
+        mine = [t for g in grads if isinstance(g, DTensor) and (t := g.to_local()).numel()]
+        norm = torch.nn.utils.get_total_norm(mine, norm_type).to(first.device)
+        if mesh.get_coordinate() is not None:
+            for line, _ in shards(first):
+                norm = _over_ranks(norm, line, norm_type)
+        return norm
 
     def total() -> Tensor:
         norm = torch.nn.utils.get_total_norm(grads, norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    return over_mesh(where, total, "the norm of all gradients")
+    return over_mesh(mesh, total, "the norm of all gradients")

@@ -34,6 +34,7 @@ ROLL_CALL_S = 2.0
 _SHOWN = 8  # ranks in one message
 
 T = TypeVar("T")
+Error = TypeVar("Error", bound=BaseException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Watchdog:
         mark = {"by": self.rank, "ranks": [self.rank], "text": text}
         with contextlib.suppress(RuntimeError, TimeoutError):  # without a store, closed connections must do
             _within(ROLL_CALL_S, lambda: self.store.compare_set(f"mark/{epoch}", "", json.dumps(mark)))
+        told(error)
         self.give_up(epoch)
 
     def report(self, ranks: Sequence[int], epoch: int, waited: float) -> Failure:
@@ -317,7 +319,7 @@ def lost(failure: Failure, what: str, waited: float, deadline: float) -> PeerTim
     return told(PeerTimeoutError(failure.message(what, waited, deadline)))
 
 
-def told(error: PeerTimeoutError) -> PeerTimeoutError:
-    """The error, marked as one that other ranks know of already."""
+def told(error: Error) -> Error:
+    """The error, marked as one that other ranks know of already: it may pass several places that tell."""
     error._told = True  # pyright: ignore[reportAttributeAccessIssue]
     return error
