@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ultraep_compile.config import Options
 from ultraep_compile.errors import TopologyError, UltraEPError
@@ -31,6 +32,7 @@ from ultraep_compile.passes.lift import Site
 from ultraep_compile.passes.lift.called import is_divided
 from ultraep_compile.passes.lift.nodes import is_unshard, module_path, upstream
 from ultraep_compile.passes.pipeline import Rewrite, bodies_run_by, detect_moe_pass, run_passes
+from ultraep_compile.steps import compiled_here
 from ultraep_compile.telemetry.recorder import Recorder, get_recorder
 from ultraep_compile.worth import least_pairs
 
@@ -249,10 +251,12 @@ class _Tracing:
         places = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self._rewrite = rewrite
         self._recorder: Recorder | None = None
+        here = compiled_here()
+        self._model, self._places = here.model if here else None, WeakIdKeyDictionary()
         self._layers: dict[str, tuple[str, int | None]] = {}  # by site key: name, and which input tells layers apart
         for site, owner, (key, made) in zip(rewrite.sites, rewrite.owners, rewrite.prepared.items(), strict=True):
             inputs = (_outer(gm, owner, n) for p in site.params for n in upstream(p) if n.op == "placeholder")
-            name = made.name if module_path(site.ids) else _class_name(site, made.name)
+            name = made.name if module_path(site.ids) else ""
             self._layers[key] = name, next((places[n] for n in inputs if n in places), None)
 
     def start(self, wants: Sequence[Facts], rank: int) -> None:
@@ -265,7 +269,7 @@ class _Tracing:
         self._recorder = get_recorder(mine) if mine and (rank not in writers[1:]) else None
         for key, (name, _) in self._layers.items():
             if writers or alone:
-                watch.start(key, name, self._recorder, "" if alone else self._rewrite.group)
+                watch.start(key, name or self._rewrite.prepared[key].name, self._recorder, "" if alone else self._rewrite.group)
             else:
                 watch.stop(key)
 
@@ -283,11 +287,22 @@ class _Tracing:
     def _name(self, recorder: Recorder, key: str, args: tuple[Any, ...]) -> str:
         name, place = self._layers[key]
         weight = None if place is None else args[place]
+        name = name or self._place_of(weight) or self._rewrite.prepared[key].name
         if isinstance(weight, (nn.Parameter, DTensor)):
             name = recorder.own_name(name, weight)
         if not recorder.is_described(name):
             recorder.describe(name, **self._described(key))
         return name
+
+    def _place_of(self, weight: Any) -> str:
+        """The module in the compiled model that holds a weight, where Dynamo did not say; its class, if it is the model."""
+        model = self._model() if self._model else None
+        if model is None or not isinstance(weight, Tensor):
+            return ""
+        if weight not in self._places:
+            named = next((n for n, p in model.named_parameters() if p is weight), "")
+            self._places[weight] = named.rpartition(".")[0] or type(model).__name__
+        return self._places[weight]
 
     def _described(self, key: str) -> dict[str, int]:
         made = self._rewrite.prepared[key]
@@ -299,10 +314,3 @@ class _Tracing:
             "row_bytes": facts.rows.elements * facts.rows.dtype.itemsize,
             "flops_per_row": made.program.flops_per_row,
         }
-
-
-def _class_name(site: Site, otherwise: str) -> str:
-    """Name of the class of the module that was compiled by itself; Dynamo does not say where in a model it stands."""
-    stack = site.ids.meta.get("nn_module_stack") or {}
-    kinds = [kind for _, kind in stack.values()]
-    return str(getattr(kinds[-1], "__name__", kinds[-1])).rpartition(".")[2] if kinds else otherwise

@@ -72,9 +72,9 @@ def test_round_trip_is_exact(trace, tmp_path):
 
 
 def test_numbers_beyond_32_bits_survive(trace, tmp_path):
-    trace.layers[0].expert_load_NE[0, 0] = 1 << 40
+    trace.layers[0].realised_NP[0, 0] = 1 << 40
     write_trace(trace, tmp_path / "t.npz")
-    assert read_trace(tmp_path / "t.npz").layers[0].expert_load_NE[0, 0] == 1 << 40
+    assert read_trace(tmp_path / "t.npz").layers[0].realised_NP[0, 0] == 1 << 40
 
 
 def test_empty_trace(tmp_path):

@@ -167,22 +167,66 @@ def _build(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Trace:
         )  # fmt: skip
         _check_values(layer, index)
         layers.append(layer)
-    return Trace(layers, dict(meta["info"]))
+    info = dict(meta["info"])
+    _check_info(info)
+    return Trace(layers, info)
+
+
+MAX_ROWS = 1 << 40
+"""Of one record or one expert: beyond, sums over a trace could leave int64."""
 
 
 def _check_values(layer: LayerTrace, index: int) -> None:
     """Refuse values that no recorder writes, so that the report never has to think of them."""
-    loads = (layer.expert_load_NE, layer.quota_NP, layer.source_load_NR, layer.kept_N2)
+    total_N, n = layer.expert_load_NE.sum(-1), layer.detail_n
+    counted = (layer.expert_load_NE, layer.quota_NP, layer.source_load_NR, layer.kept_N2, layer.counts_nRE, layer.shares_nRP)
+    noted = (layer.realised_NP, layer.rounds_N)
     rules = {
-        "microbatches do not increase": (np.diff(layer.microbatch_N) > 0).all(),
-        "a load is negative": all(load.min(initial=0) >= 0 for load in loads),
+        "microbatches do not increase": (np.diff(layer.microbatch_N) > 0).all() and (layer.microbatch_N >= 0).all(),
+        "more microbatches are recorded than were seen": len(layer) <= layer.seen <= MAX_ROWS,
+        "a load is negative": all(load.min(initial=0) >= 0 for load in counted),
+        "a load is too large": all(load.max(initial=0) <= MAX_ROWS for load in (*counted, *noted)),
+        "a number of realised rows or rounds is unknown in another way than by -1": all(x.min(initial=0) >= -1 for x in noted),
         "a slot holds an unknown expert": (layer.slot_expert_NRS >= -1).all()
         and (layer.slot_expert_NRS < layer.experts).all(),
-        "detail belongs to no record": (layer.detail_n >= 0).all() and (layer.detail_n < len(layer)).all(),
+        "detail belongs to no record": (n >= 0).all() and (n < len(layer)).all() and (np.diff(n) > 0).all(),
+        "a duration is negative or infinite": not any((s < 0).any() or np.isinf(s).any() for s in layer.seconds.values()),
+        "a fact is negative or too large": all(0 <= fact <= 1 << 60 for fact in layer.facts.values()),
     }
-    for text, holds in rules.items():
+    for text, holds in rules.items():  # sums below are safe once these hold
         if not holds:
             raise ValueError(f"{text} in layer {index}")
+    sums = {
+        "rows by source": (layer.source_load_NR.sum(-1), total_N),
+        "planned rows": (layer.quota_NP.sum(-1), total_N),
+        "detailed counts by expert": (layer.counts_nRE.sum(1), layer.expert_load_NE[n]),
+        "detailed counts by source": (layer.counts_nRE.sum(2), layer.source_load_NR[n]),
+        "detailed shares": (layer.shares_nRP.sum(1), layer.quota_NP[n]),
+        "detailed shares by source": (layer.shares_nRP.sum(2), layer.source_load_NR[n]),
+    }
+    for text, (found, expected) in sums.items():
+        if not np.array_equal(found, expected):
+            raise ValueError(f"{text} of layer {index} do not add up to its loads")
+    if (layer.kept_N2 > total_N[:, None]).any():
+        raise ValueError(f"more rows stay on their rank than there are, in layer {index}")
+    if (layer.counts_nRE.sum((1, 2)) >= 2**31).any():
+        raise ValueError(f"a detailed record of layer {index} has more rows than a plan can have")
+
+
+_INFO_NUMBERS = ("seen", "thinned", "dropped", "stride", "detail_stride", "started")
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    """The same of what is known of the recording."""
+    for name in _INFO_NUMBERS:
+        value = info.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1 << 60:
+            raise ValueError(f"{name} of the recording is {value!r}")
+    notes = info.get("notes", [])
+    if not isinstance(info.get("title", ""), str) or not isinstance(info.get("torch", ""), str):
+        raise ValueError("title or version of the recording are no texts")
+    if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
+        raise ValueError("the notes of the recording are no texts")
 
 
 def _narrow(values: NDArray[Any]) -> NDArray[Any]:
