@@ -14,8 +14,8 @@ from ultraep_compile.errors import TopologyError
 from ultraep_compile.ops.experts import ExpertSite, register_site
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.ops.routing import must_agree
-from ultraep_compile.passes.lift import Site, expert_mm, expert_take, replace_site
-from ultraep_compile.passes.lift.nodes import is_attribute, is_unshard, upstream
+from ultraep_compile.passes.lift import Refusal, Site, expert_mm, expert_take, replace_site
+from ultraep_compile.passes.lift.nodes import is_attribute, is_substitute, is_unshard, upstream
 from ultraep_compile.passes.lift.sizes import size_of
 from ultraep_compile.passes.own_part import own_part
 
@@ -43,8 +43,9 @@ def prepare_site(
     """Compile the site's row function and register it under `label`; returns its key."""
     unsharded = any(is_unshard(n) for p in site.params for n in upstream(p))
     sharded, summed = unsharded or site.divided is not None, site.divided is not None
-    if group and (foreign := [n for p in site.params for n in upstream(p) if is_attribute(n)]):
-        raise ValueError(
+    foreign = [n for p in site.params for n in upstream(p) if is_attribute(n) or is_substitute(n)]
+    if group and foreign:
+        raise Refusal(
             f"{foreign[0].target} takes part in its experts' weights and is neither a parameter nor a buffer, so other ranks "
             "may hold another"
         )
@@ -115,5 +116,5 @@ def _spec(node: fx.Node, leading: int) -> TensorSpec:
     shape = tuple(size_of(d) for d in value.shape[leading:])  # of a model compiled with dynamic=True, numbers may be SymInts
     fixed = tuple(d for d in shape if isinstance(d, int))
     if fixed != shape:
-        raise ValueError(f"{node.name} has a symbolic inner size {shape}")
+        raise Refusal(f"{node.name} has a symbolic inner size {shape}")
     return TensorSpec(fixed, value.dtype)

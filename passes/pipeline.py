@@ -22,7 +22,8 @@ from ultraep_compile.errors import TopologyError, UltraEPError
 from ultraep_compile.ops.experts import ExpertSite
 from ultraep_compile.ops.transport import choose_transport
 from ultraep_compile.passes.insert_balance import insert_balance, prepare_site, site_layout
-from ultraep_compile.passes.lift import Miss, Site, find_moe_sites, verify_site
+from ultraep_compile.passes.lift import Miss, Refusal, Site, find_moe_sites, verify_site
+from ultraep_compile.passes.lift.faults import internal_error
 from ultraep_compile.passes.lift.nodes import is_unshard, upstream
 from ultraep_compile.passes.refused import refusal
 from ultraep_compile.worth import NEVER, least_pairs
@@ -70,8 +71,9 @@ def _sites_or_reason(gm: fx.GraphModule) -> list[Site | Miss]:
     try:
         return find_moe_sites(gm)
     except Exception as fault:
-        log.warning("detection failed; this graph runs unbalanced", exc_info=True)
-        return [Miss("graph", "", f"detection failed with {type(fault).__name__}: {fault}; please report it", [])]
+        why = internal_error(fault)
+        log.warning("this graph runs unbalanced: %s", why, exc_info=fault)
+        return [Miss("graph", "", why, [])]
 
 
 _TRANSPARENT = ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
@@ -171,9 +173,12 @@ def prove_rows_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
             key, made = prepare_site(site, label, layout, rewrite.group, rewrite.options)
         except UltraEPError:
             raise
-        except Exception as reason:
-            log.debug("%s: not proven", site.name, exc_info=True)
-            rewrite.misses.append(Miss(site.name, site.source, f"its row function was not proven: {reason}", []))
+        except Exception as fault:  # the door
+            why = f"its row function was not proven: {fault}"
+            if not isinstance(fault, Refusal):
+                why = internal_error(fault)
+                log.warning("%s: %s", site.name, why, exc_info=fault)
+            rewrite.misses.append(Miss(site.name, site.source, why, []))
         else:
             proven.append(site)
             owners.append(owner)

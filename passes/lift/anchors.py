@@ -31,13 +31,29 @@ def grouped_product(facts: GraphFacts, node: fx.Node) -> Any:
 
 def parameter_by_id(facts: GraphFacts, node: fx.Node) -> Any:
     """An int tensor that selects along dim 0 of a parameter of 2 or more dims."""
-    name = op_name(node)
-    if name not in ("getitem", "index_select") or len(node.args) < 2 or facts.param_root(node.args[0]) is None:
+    if not node.args or facts.param_root(node.args[0]) is None:
+        return None
+    return _index_of(node)
+
+
+def _index_of(node: fx.Node) -> Any:
+    if op_name(node) not in ("getitem", "index_select") or len(node.args) < 2:
         return None
     index = node.kwargs.get("index", node.args[-1])
     index = index[0] if isinstance(index, tuple) and index else index
     value = tensor(index)
     return index if value is not None and not value.is_floating_point() and value.ndim >= 1 else None
+
+
+def given_by_id(facts: GraphFacts, node: fx.Node) -> fx.Node | None:
+    """The ids that select matrices from an input of the graph that is no parameter; None for any other node."""
+    source = node.args[0] if is_call(node) and node.args else None
+    if not isinstance(source, fx.Node) or source.op != "placeholder" or facts.param_root(source) is not None:
+        return None
+    value = tensor(source)
+    if value is None or value.ndim < 3 or not value.is_floating_point():
+        return None
+    return ids_behind(facts, _index_of(node))
 
 
 FINDERS: list[Finder] = [grouped_product, parameter_by_id]

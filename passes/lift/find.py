@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ultraep_compile.passes.lift.anchors import anchor_params, feeds_product, find_anchors, is_weighty
+from ultraep_compile.passes.lift.anchors import anchor_params, feeds_product, find_anchors, given_by_id, is_weighty
 from ultraep_compile.passes.lift.called import called_sites
 from ultraep_compile.passes.lift.cut import cut
+from ultraep_compile.passes.lift.faults import internal_error
 from ultraep_compile.passes.lift.gating import find_gating
 from ultraep_compile.passes.lift.id_range import id_bound
 from ultraep_compile.passes.lift.lifter import Lifter, Stale
@@ -33,7 +34,7 @@ def find_moe_sites(gm: fx.GraphModule) -> list[Site | Miss]:
     for site in called:
         search.names.add(site.name)
     found = [found for ids, anchors in find_anchors(search.facts).items() for found in search.all_by(ids, anchors)]
-    return [*called, *found]
+    return [*called, *found, *search.given()]
 
 
 class _Search:
@@ -49,6 +50,23 @@ class _Search:
             rest = [a for a in anchors if a not in found.region] if isinstance(found, Site) else []
             anchors = rest if len(rest) < len(anchors) else []
 
+    def given(self) -> Iterator[Miss]:
+        """Layers whose experts' weights are arguments of what is compiled: nothing says that they are the model's."""
+        told: set[fx.Node] = set()
+        for node in self.facts.nodes:
+            ids = given_by_id(self.facts, node)
+            if ids is None or ids in told or not feeds_product(node):
+                continue
+            experts = self.facts.shape(node.args[0])[0]  # type: ignore[arg-type]
+            scores = find_gating(self.facts, ids, None, experts).scores if isinstance(experts, int) else None
+            if scores is not None and same(self.facts.shape(scores)[-1], experts):
+                told.add(ids)
+                why = (
+                    f"its experts' weights ({node.args[0].target}) are an argument of what is compiled, and neither parameters nor "  # type: ignore[union-attr]
+                    "buffers of a module in it. Compile the module, and let functional_call call the compiled module"
+                )
+                yield Miss(_unique(_name(ids, [node]), self.names), source_line(node), why, [node])
+
     def look_at(self, ids: fx.Node, anchors: list[fx.Node]) -> Site | Miss | None:
         """None where no expert product follows: a table of parameters, not a MoE layer."""
         if not any(is_weighty(self.facts, a) for a in anchors):
@@ -59,9 +77,10 @@ class _Search:
             return Miss(name, source_line(anchors[0]), inside, anchors) if any(map(feeds_product, anchors)) else None
         try:
             found = self._twin(name, ids, anchors) or self._lift(name, ids, anchors)
-        except Exception as error:  # our mistake must not break the user's compilation
-            log.warning("%s: the analysis failed", name, exc_info=True)
-            found = Miss(name, source_line(anchors[0]), f"the analysis failed: {type(error).__name__} {error}", anchors)
+        except Exception as fault:  # the door: a bug of ours costs this layer its balance, never the compilation, and is told
+            why = internal_error(fault)
+            log.warning("%s: %s", name, why, exc_info=fault)
+            found = Miss(name, source_line(anchors[0]), why, anchors)
         if found is not None:
             self.names.add(name)
         return found

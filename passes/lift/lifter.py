@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.node import map_arg
 
 from ultraep_compile.passes.lift import outside, rules
+from ultraep_compile.passes.lift.faults import is_theirs
 from ultraep_compile.passes.lift.generic import generic
 from ultraep_compile.passes.lift.markers import expert_take
 from ultraep_compile.passes.lift.nodes import (
@@ -132,9 +133,11 @@ class Lifter:
         except Refusal as reason:
             self._refuse(node, str(reason), in_place, target is not None)
             return
-        except Exception as error:  # an op used in a way that no rule expected: one more form we do not know
-            log.debug("%s", node.format_node(), exc_info=True)
-            self._refuse(node, f"{type(error).__name__}: {str(error)[:160]}", in_place, target is not None)
+        except Exception as fault:
+            if not is_theirs(fault):
+                raise
+            log.debug("%s", node.format_node(), exc_info=fault)  # the op does not take rows as they are probed
+            self._refuse(node, f"{type(fault).__name__}: {str(fault)[:160]}", in_place, target is not None)
             return
         finally:
             self.position = outer

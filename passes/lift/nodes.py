@@ -140,10 +140,16 @@ def is_unshard(node: fx.Node) -> bool:
 
 
 def is_param(node: fx.Node) -> bool:
-    """A parameter of the model as it enters the graph."""
+    """A parameter of the model as it enters the graph, or what `functional_call` has put in the place of one."""
     if node.op in ("placeholder", "get_attr"):
-        return isinstance(example(node), nn.Parameter)
+        return isinstance(example(node), nn.Parameter) or is_substitute(node)
     return is_unshard(node)
+
+
+def is_substitute(node: fx.Node) -> bool:
+    """A plain tensor in the place of a parameter, as `torch.func.functional_call` leaves it there for one call."""
+    place = node.op in ("placeholder", "get_attr") and "_parameters_" in str(node.target)
+    return place and tensor(node) is not None and not isinstance(example(node), nn.Parameter)
 
 
 def is_buffer(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_aggregate
 
+from ultraep_compile.passes.lift.faults import run_theirs
 from ultraep_compile.passes.lift.values import DIM_OF_SIZE, ROW_DIMS, Dim, Dims, Refusal, Value
 
 # Ops that keep the shape and work along a dim: position of that argument (after the tensor) and its default.
@@ -116,10 +117,10 @@ def _run(op: str, target: Callable[..., Any] | str, args: tuple, kwargs: dict) -
     plain_kwargs = map_aggregate(kwargs, stand_in)
     with torch.no_grad():
         if op == "call_method":
-            result = getattr(plain_args[0], str(target))(*plain_args[1:], **plain_kwargs)  # type: ignore[index]
-        else:
-            assert callable(target)
-            result = target(*plain_args, **plain_kwargs)  # type: ignore[misc]
+            target = getattr(plain_args[0], str(target))  # type: ignore[index]
+            plain_args = plain_args[1:]  # type: ignore[index]
+        assert callable(target)
+        result = run_theirs(target, *plain_args, **plain_kwargs)  # type: ignore[misc]
 
     def read(tensor: Any) -> Probed:
         if not isinstance(tensor, torch.Tensor):

@@ -22,7 +22,7 @@ class Site:
     top_k: int
     gating: str
     """By data flow from the ids back to the scores: `softmax-topk`, `topk-softmax`, `sigmoid-topk`,
-    `sigmoid-bias-topk`, `group-limited`, `topk`, `argmax`, `capacity`, `table`, `given` (by the
+    `sigmoid-bias-topk`, `group-limited`, `top-p`, `topk`, `argmax`, `capacity`, `table`, `given` (by the
     caller, or computed from what it gives without any scores), or `unknown`."""
 
     hidden: fx.Node

@@ -32,6 +32,8 @@ class Analysis:
     rows: RowFunction
     scaled: bool
     weights: Tensor
+    static: bool = True
+    """Counts that the forward makes of ids may be written in a size that does not depend on the data."""
     position: int = 0
     """Which of the tensors that all of an expert passes through is taken for its end."""
 
@@ -77,7 +79,7 @@ def _cut_at(
         raise
     except Refusal as reason:
         raise reason if slots.fixed else Missed(str(reason)) from reason  # uneven numbers of rows: they are routed
-    ranks.agreed(lambda: judge(routings[0]))
+    ranks.agreed(lambda: judge(recording, routings[0]))
     found = [_weighed(recording, parts, regions[0], plain[0], slots, r, ranks) for r in routings]
     if len(set(ranks.every(found[0].rows.module.code))) > 1:
         raise Missed("experts of different ranks do not compute the same with their weights")
@@ -200,5 +202,36 @@ def unreached_bound(recordings: Sequence[Recording], parts: Parts, wanted: set[f
     return min((n for _, n in common if n < _ENDLESS), default=None)
 
 
+def cut_at(recording: Recording) -> tuple[int, str] | None:
+    """(number, source line) where the forward keeps so many of a list of rows, made of what the data says, and drops the rest."""
+    for node in recording.graph.nodes:
+        given = node.args[0] if node.op.startswith("call") and node.args else None
+        if not isinstance(given, fx.Node) or given not in recording.raw or node not in recording.raw:
+            continue
+        rows, kept = recording.raw[given], recording.raw[node]
+        if rows.is_floating_point() or rows.dtype == torch.bool or not rows.dim() or not kept.dim() or len(kept) >= len(rows):
+            continue
+        index = node.args[1] if op_name(node) == "getitem" else None
+        first = index[0] if isinstance(index, tuple) and index else index
+        is_first = isinstance(first, slice) and not first.start and first.step in (None, 1) and type(first.stop) is int
+        if (is_first or (op_name(node) == "narrow" and not node.args[1] and not node.args[2])) and _is_picked(given):
+            return len(kept), node.meta.get("source", "")
+    return None
+
+
+def _is_picked(node: fx.Node) -> bool:
+    """Does it hold places of rows whose number depends on the data (`where`, `nonzero`)?"""
+    todo = [node]
+    for _ in range(_STEPS):
+        if not todo:
+            return False
+        at = todo.pop()
+        if op_name(at) in ("nonzero", "where", "argwhere", "masked_select", "argsort", "sort", "topk", "randperm"):
+            return op_name(at) not in ("sort", "argsort", "topk")
+        todo += at.all_input_nodes if at.op.startswith("call") else []
+    return False
+
+
+_STEPS = 12
 _ENDLESS = 2**31 - 1
 """Numbers from here on mean that there is no bound."""

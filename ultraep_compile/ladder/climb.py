@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.calls import Calls, watch_chain, watch_exchanges
 from ultraep_compile.ladder.equal_loads import equally_loaded, is_light
+from ultraep_compile.ladder.gating import Around, gating_around
 from ultraep_compile.ladder.groups import FEWEST, Siblings, like_layers, raw_owners, siblings, unlike_siblings
 from ultraep_compile.ladder.install import LayerFacts, LiftedLayer, install, keep_counts, lifted_layer
 from ultraep_compile.ladder.layer import (
-    gating_of,
     lift_layer,
     meets_rows_of_others,
     not_by_all_to_all,
@@ -34,13 +34,13 @@ from ultraep_compile.ladder.layer import (
     rows_follow_data,
 )
 from ultraep_compile.ladder.lent import lent
-from ultraep_compile.ladder.probes import main_input
 from ultraep_compile.ladder.recording import Call
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.ladder.together import Ranks
 from ultraep_compile.ladder.unsharded import unsharded
 from ultraep_compile.ops.alike import digest
 from ultraep_compile.passes.lift import Site, find_moe_sites
+from ultraep_compile.passes.lift.faults import internal_error, run_theirs
 from ultraep_compile.passes.lift.values import Refusal
 from ultraep_compile.passes.refused import allow, refuse
 
@@ -145,13 +145,15 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
         alike = [c for c in alike if not (c.parameters and settled.issuperset(c.parameters))]
         if not alike:
             continue
-        levels = _levels(model, alike, calls)
-        with lent(*(model.get_submodule(p) for p in levels[-1:])), unsharded(model, *levels[-1:]):
-            new = list(_settle(model, alike, levels, calls))
-            if not new and (why := _follow_data(model, alike[0], levels, calls)):
-                weak += [Finding(c.holder, "missed", why, c.parameters, len(c.group.names)) for c in alike if c.group]
-            elif not new:
-                weak += _equally_loaded(model, alike, levels, calls)
+        new: list[Finding] = []
+        try:
+            for finding, sure in _looked_into(model, alike, calls):
+                (new if sure else weak).append(finding)
+        except Exception as fault:  # the door: a bug of ours costs a layer its balance, never the model, and is told
+            why = internal_error(fault)
+            log.warning("%s: %s", alike[0].holder, why, exc_info=fault)
+            held = {f.path for f in new}
+            weak += [_unlifted(c, "missed", why) for c in alike if c.holder not in held]
         findings += new
         settled.update(p for finding in new for p in finding.parameters)
     for finding in weak:  # unless experts were found inside or around
@@ -160,6 +162,43 @@ def climb(model: nn.Module, found: list[Candidate], calls: Calls) -> list[Findin
             settled.update(finding.parameters)
     order = {n: i for i, (n, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted(findings, key=lambda f: min((order[p] for p in f.parameters), default=0))
+
+
+def _looked_into(model: nn.Module, alike: list[Candidate], calls: Calls) -> Iterator[tuple[Finding, bool]]:
+    """What becomes of all candidates of one kind, and whether that is sure where experts are found inside or around, too."""
+    levels = _levels(model, alike, calls)
+    with lent(*(model.get_submodule(p) for p in levels[-1:])), unsharded(model, *levels[-1:]):
+        found = False
+        try:
+            for finding in _settle(model, alike, levels, calls):
+                found = True
+                yield finding, True
+        except _Heads:
+            found = True
+        if found:
+            return
+        if why := _follow_data(model, alike[0], levels, calls):
+            yield from ((_unlifted(c, "missed", why), False) for c in alike if c.group)
+            return
+        for finding in _equally_loaded(model, alike, levels, calls):
+            yield finding, False
+
+
+class _Heads(Exception):
+    """Whoever calls the model says which of these modules computes a row, and nothing weighs it: heads of tasks, not experts."""
+
+
+def _is_callers(place: int | None, call: Call, outermost: Call | None) -> bool:
+    """Is an input of a module one of the whole model's?"""
+    if place is None or outermost is None:
+        return False
+    memory = call.inputs()[place].untyped_storage().data_ptr()
+    return any(t.untyped_storage().data_ptr() == memory for t in outermost.tensors())
+
+
+def _unlifted(candidate: Candidate, rung: str, why: str) -> Finding:
+    experts = len(candidate.group.names) if candidate.group else None
+    return Finding(candidate.holder, rung, why, candidate.parameters, experts)
 
 
 def _divided_by_gathering(model: nn.Module, found: list[Candidate], calls: Calls) -> Iterator[tuple[Candidate, str, int]]:
@@ -217,19 +256,17 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
     for path in levels if first.alike else ():
         owner = model.get_submodule(path)
         try:
-            layer = lift_layer(owner, path, calls.first[path], _inside(first.group, path), calls.ranks_of(path))
+            around = _around(model, path, levels, calls)
+            group = _inside(first.group, path)
+            layer = lift_layer(owner, path, calls.first[path], group, calls.ranks_of(path), around)
         except (Unbalanceable, Missed) as reason:
             verdict = verdict if isinstance(verdict, Unbalanceable) else reason
         except Refusal as reason:
             plain = reason
             log.debug("%s is not lifted at %r: %s", first.holder, path, reason)
-        except Exception as fault:  # an oddity of one module must not stop the model
-            told = f"{type(fault).__name__}: {fault}"
-            log.info("%s could not be examined at %r (%s); if it holds experts, report it", first.holder, path, told)
-            log.debug("%s is not lifted at %r", first.holder, path, exc_info=fault)
         else:
-            if layer.facts.gating == "unknown":
-                layer.facts.gating = _gating_above(model, levels[levels.index(path) :], calls)
+            if _is_callers(layer.facts.caller, calls.first[path], calls.first.get("")):
+                raise _Heads
             yield from _installed(model, alike, first, path, layer, calls)
             return
     if any(_looked_at(model, path, first, calls.first[path])[0] for path in untraced):
@@ -241,13 +278,12 @@ def _settle(model: nn.Module, alike: list[Candidate], levels: list[str], calls: 
         verdict = plain or Missed("its forward was not understood")
     if verdict is not None:
         rung = "unbalanceable" if isinstance(verdict, Unbalanceable) else "missed"
-        for each in alike:
-            experts = len(each.group.names) if each.group else None
-            yield Finding(each.holder, rung, str(verdict), each.parameters, experts)
+        yield from (_unlifted(each, rung, str(verdict)) for each in alike)
 
 
 def _traced(model: nn.Module, alike: list[Candidate], levels: list[str], calls: Calls) -> Iterator[Finding]:
-    gating = _gating_above(model, levels, calls)
+    shapes = [p.shape for p in map(model.get_parameter, alike[0].parameters) if p.dim() >= 3]
+    gating = gating_around(shapes[0][0] if shapes else 0, _around(model, alike[0].holder, levels, calls))
     for each in alike:
         yield Finding(each.holder, "traced", "the compiler's graph shows its experts", each.parameters, gating=gating)
 
@@ -296,9 +332,13 @@ def _installed(
         if facts.counted:
             keep_counts(model.get_submodule(_caller(here, path, calls)))
         log.info("%s: %d experts lifted from a recorded forward (%s)", here, facts.experts, facts.form)
-        only = "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
+        only = f" (for inference only, since its own forward has no gradients: {facts.inference})" if facts.inference else ""
+        only += "" if facts.lead is None else f" (for batches of {list(facts.lead)} tokens only: Python computes its sizes)"
         if facts.most is not None:
-            only = f" (for up to {facts.most} tokens: its forward has that bound, and no probe came to it)"
+            only += f" (for up to {facts.most} tokens: its forward has that bound, and no probe came to it)"
+        if facts.dynamic:
+            only += f" (graphs break at {facts.dynamic}, which makes a tensor whose size depends on the data; where that is inside of an "
+            only += "activation checkpoint, write it with a fixed size, or the layer runs as it is)"
         over = "" if facts.ranks == 1 else f" over the {facts.ranks} ranks of the layer's own all-to-all, which planning replaces"
         why = f"experts called {facts.form}{only}{over}, lifted from a recorded forward; outputs and gradients checked against eager"
         yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source, facts.gating)
@@ -311,8 +351,8 @@ def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Ca
         try:
             if source := routed_product(model.get_submodule(path), calls.first[path], inside):
                 return source
-        except Exception as fault:
-            log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
+        except Refusal as reason:
+            log.debug("%s cannot be recorded at %r: %s", candidate.holder, path, reason)
     return ""
 
 
@@ -330,8 +370,8 @@ def _follow_data(model: nn.Module, candidate: Candidate, levels: list[str], call
                 if candidate.alike:
                     why = "what its experts compute is not understood as a function of single rows"
                 return f"{why}; which rows come to which of them depends on the data"
-        except Exception as fault:
-            log.debug("%s cannot be recorded at %r", candidate.holder, path, exc_info=fault)
+        except Refusal as reason:
+            log.debug("%s cannot be recorded at %r: %s", candidate.holder, path, reason)
     return ""
 
 
@@ -350,8 +390,8 @@ def _equally_loaded(model: nn.Module, alike: list[Candidate], levels: list[str],
     try:
         with lent(owner), unsharded(model, path):
             found = equally_loaded(owner, calls.first[path], _inside(first.group, path), set(names))
-    except Exception as fault:
-        log.debug("%s cannot be recorded at %r", first.holder, path, exc_info=fault)
+    except Refusal as reason:
+        log.debug("%s cannot be recorded at %r: %s", first.holder, path, reason)
         return
     if found is None:
         return
@@ -371,16 +411,10 @@ def _caller(here: str, path: str, calls: Calls) -> str:
     return ".".join(_parts(here)[: len(_parts(above))])
 
 
-def _gating_above(model: nn.Module, levels: list[str], calls: Calls) -> str:
-    """The form of gating in the innermost of these modules that selects anything; `given` where none of them does."""
-    seen = "unknown"
-    for path in levels:
-        with contextlib.suppress(Exception):
-            owner, call = model.get_submodule(path), calls.first[path]
-            if (form := gating_of(owner, call, tuple(main_input(call).shape[:-1]))) != "unknown":
-                return form
-            seen = "given"
-    return seen
+def _around(model: nn.Module, path: str, levels: list[str], calls: Calls) -> Around:
+    """Modules around one in which its router may be."""
+    outer = [p for p in levels if p != path and (not p or path.startswith(f"{p}."))]
+    return [(model.get_submodule(p), calls.first[p], _below(p, path)) for p in outer]
 
 
 def _looked_at(model: nn.Module, path: str, candidate: Candidate, call: Call) -> tuple[bool, bool]:
@@ -389,10 +423,16 @@ def _looked_at(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
     parameters = [model.get_parameter(n) for n in candidate.parameters]
     wanted = sum(p.numel() for p in parameters if p.dim() >= 3 and p.shape[0] >= FEWEST)
     covered = 0
+    bug: Exception | None = None
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        nonlocal covered
-        for site in find_moe_sites(gm):
+        nonlocal covered, bug
+        try:
+            found = find_moe_sites(gm)
+        except Exception as fault:  # Dynamo would wrap it
+            bug = fault
+            raise
+        for site in found:
             if isinstance(site, Site) and site.anchors[0].target is not torch.ops.ultraep.experts.default:
                 covered += sum(p.meta["example_value"].numel() for p in site.params)
         return gm.forward
@@ -407,8 +447,10 @@ def _looked_at(model: nn.Module, path: str, candidate: Candidate, call: Call) ->
     logging.disable(logging.ERROR)  # a module that cannot be traced alone is no error
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.compile(forward, backend=backend, dynamic=False)(*copied.args, **copied.kwargs)
-    except Exception as fault:
+            run_theirs(torch.compile(forward, backend=backend, dynamic=False), *copied.args, **copied.kwargs)
+    except Exception as fault:  # Dynamo's, and the model's own
+        if bug is not None:
+            raise bug from None
         log.debug("%s cannot be traced alone", path, exc_info=fault)
     finally:
         logging.disable(before)

@@ -63,6 +63,8 @@ def dense_mixture(owner: nn.Module, call: Call, group: Siblings) -> bool:
     O is such a mixture where dO[t]/dY_e[t] = g[t, e] times one and 0 for other tokens, whatever else O is the sum of: a gradient
     of random direction comes back parallel to it.
     """
+    if isinstance(owner.get_submodule(group.container), (nn.ParameterList, nn.ParameterDict)):
+        return False  # no module is called
     leaves = {m: p for p, m in owner.named_modules() if _has_like(owner, m, group)}
     members = {p for p in leaves.values() if any(p == m or p.startswith(f"{m}.") for m in _members(group))}
     if not members or len(leaves) < 2:

@@ -505,7 +505,7 @@ class _Spied:
         if getattr(plain, "_is_ours", False):
             return plain
 
-        def read(obj: Any, name: str) -> Any:
+        def spied_read(obj: Any, name: str) -> Any:
             if not self._is_of_interest(obj, name) or self.paused():
                 return plain(obj, name)
             try:
@@ -527,21 +527,21 @@ class _Spied:
                 self.reads.note(obj, name, value)
             return value
 
-        read._is_ours = True  # type: ignore[attr-defined]
-        return read
+        spied_read._is_ours = True  # type: ignore[attr-defined]
+        return spied_read
 
     def _writer(self, plain: Any) -> Any:
         if getattr(plain, "_is_ours", False):
             return plain
 
-        def write(obj: Any, name: str, value: Any) -> None:
+        def spied_write(obj: Any, name: str, value: Any) -> None:
             if self._is_of_interest(obj, name) and not self.paused():
                 own = _instance_dict(obj)
                 self.stored.setdefault((id(obj), name), (obj, _ABSENT if own is None else own.get(name, _ABSENT)))
             plain(obj, name, value)
 
-        write._is_ours = True  # type: ignore[attr-defined]
-        return write
+        spied_write._is_ours = True  # type: ignore[attr-defined]
+        return spied_write
 
     def _called(self, frame: types.FrameType, event: str, _: Any) -> None:
         reads = self.reads

@@ -45,6 +45,14 @@ class LayerFacts:
     dtype: torch.dtype = torch.float32
     """In which the experts compute."""
     gating: str = "unknown"
+    inference: str = ""
+    """Why the module has no gradients of its own, and the new forward is for inference; "" where it has."""
+
+    dynamic: str = ""
+    """Where the new forward makes a tensor whose size depends on the data (`unique`, a mask as index), as the module's own does."""
+
+    caller: int | None = None
+    """The input that names the one expert of each token, where nothing weighs it; None where something routes."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -218,6 +226,8 @@ def lifted_layer(module: nn.Module) -> LiftedLayer | None:
 
 
 def _good_for(forward: Any, tensors: list[Tensor]) -> bool:
+    if forward.inference and torch.is_grad_enabled():
+        return False
     if forward.most is not None:
         states = next(t for t in tensors if t.is_floating_point() and t.dim() >= 2)
         if states.numel() // states.shape[-1] > forward.most:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -13,9 +15,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor, fx, nn
 
-from ultraep_compile.ladder.analysis import Analysis, analyse, is_full, stays_full, unreached_bound
-from ultraep_compile.ladder.check import SEEDS, check, in_mode
+from ultraep_compile.ladder.analysis import Analysis, analyse, cut_at, is_full, stays_full, unreached_bound
+from ultraep_compile.ladder.check import SEEDS, agrees_when_planted, check, in_mode
 from ultraep_compile.ladder.divided import whole
+from ultraep_compile.ladder.gating import Around, gating_of
 from ultraep_compile.ladder.groups import Siblings, siblings, with_lists_beside
 from ultraep_compile.ladder.guards import Reads
 from ultraep_compile.ladder.install import LayerFacts, Lift, LiftedLayer, Pattern
@@ -29,13 +32,13 @@ from ultraep_compile.ladder.regions import (
     multiplied_after_selection,
     numbers_read,
 )
+from ultraep_compile.ladder.repeated import are_distinct, place_of_ids, plant
 from ultraep_compile.ladder.replay import Replay
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
 from ultraep_compile.ladder.sources import Sources, common_sources, sources
 from ultraep_compile.ladder.standing import hooked_module
 from ultraep_compile.ladder.together import ALONE, Ranks, is_dispatch, local
 from ultraep_compile.passes.lift.called import LiftedExperts
-from ultraep_compile.passes.lift.nodes import op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 log = logging.getLogger(__name__)
@@ -44,12 +47,18 @@ _LARGE = 2.0
 
 
 def lift_layer(
-    owner: nn.Module, name: str, call: Call, group: Siblings | None, ranks: Ranks = ALONE
+    owner: nn.Module,
+    name: str,
+    call: Call,
+    group: Siblings | None,
+    ranks: Ranks = ALONE,
+    around: Around = (),
 ) -> LiftedLayer:
     """New forwards for a module that contains experts.
 
     Args:
         call: one real call of the module.
+        around: modules around it in which the router may be, innermost first.
         group: the sibling modules that are its experts, with paths inside the module; None where parameters hold them.
         ranks: the processes that this layer's own exchanges join, each with experts of its own. All of them come here.
     Raises: Refusal with the reason, Unbalanceable where the loads are equal by construction.
@@ -58,17 +67,19 @@ def lift_layer(
         raise Refusal("its forward was replaced on the instance")
     pattern = Pattern.of(owner, call)
     with in_mode(owner, owner.training):
-        first = _lift(owner, name, call, group, ranks)
+        first = _lift(owner, name, call, group, ranks, around)
     layer = LiftedLayer(first.facts, {owner.training: first}, pattern, small(call), group, ranks)
     try:
         with in_mode(owner, not owner.training):
-            other = _lift(owner, name, call, group, ranks)
+            other = _lift(owner, name, call, group, ranks, around)
     except Refusal as reason:
         log.info("%s stays as it is with training=%s: %s", name, not owner.training, reason)
     else:
         layer.lifts[not owner.training] = other
         for facts in (first.facts, other.facts):
             facts.lead = first.facts.lead or other.facts.lead
+            facts.inference = first.facts.inference or other.facts.inference
+            facts.dynamic = first.facts.dynamic or other.facts.dynamic
             facts.most = min((m for m in (first.facts.most, other.facts.most) if m is not None), default=None)
     return layer
 
@@ -88,7 +99,7 @@ def lift_again(
             lift = _lift(owner, name, call, _group_now(owner, layer.group), layer.ranks)
         except Refusal as reason:
             reads = Reads(owner)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Refusal):
                 record(owner, resized(call, tuple(main_input(call).shape[:-1]), 0), {}, reads=reads)
             return None, reads, str(reason)
     return lift, lift.reads, ""
@@ -107,11 +118,11 @@ def _group_now(owner: nn.Module, before: Siblings | None) -> Siblings | None:
 
 
 def _lift(
-    owner: nn.Module, name: str, call: Call, group: Siblings | None, ranks: Ranks
+    owner: nn.Module, name: str, call: Call, group: Siblings | None, ranks: Ranks, around: Around = ()
 ) -> Lift:
     leads = ranks.every(probe_leads(call, (len(group.names) if group else _leading(owner)) * ranks.size))[0]
     problem: Refusal | None = None
-    plain = _ways(owner, call, group, leads[0], ranks)
+    plain = [dataclasses.replace(way, around=around) for way in _ways(owner, call, group, leads[0], ranks)]
     ways = [(way, 1.0) for way in plain]
     if (large := max(ranks.every(deviation(call)))) > _LARGE:  # a router that is sure of itself has weights too small to be measured
         ways.append((plain[0], 0.1 / large))
@@ -133,7 +144,22 @@ def _lift(
             lift = _attempt(owner, name, call, plain[0], [own] * 4, ranks)
             lift.facts.lead = own
             return lift
+    if isinstance(problem, Missed) and ranks.size == 1 and (why := _capacity_of(owner, call, leads)):
+        raise Missed(why) from problem
     raise problem
+
+
+def _capacity_of(owner: nn.Module, call: Call, leads: list[tuple[int, ...]]) -> str:
+    """Why a layer cannot be lifted whose capacity only Python makes: where experts keep some of their rows and drop the rest."""
+    for lead in (leads[-1], leads[0]):
+        with contextlib.suppress(Refusal):
+            if (cut := cut_at(record(owner, resized(call, lead, 0, skewed=True), {}))) is not None:
+                return (
+                    f"it has a capacity that only Python shows: an expert computes the first {cut[0]} of its tokens and drops the others "
+                    f"({cut[1]}). Drop them by a mask of the routing weights (a running count of each expert's tokens, compared with the "
+                    "capacity), or leave the capacity out: balanced experts need none"
+                )
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +170,8 @@ class _Way:
     """Parameter -> (role, expert); empty where experts are blocks of parameters."""
     count: int
     leaves: dict[nn.Module, str]
+    around: Around = ()
+    """Modules around, in which the router may be."""
 
 
 def _ways(owner: nn.Module, call: Call, group: Siblings | None, lead: tuple[int, ...], ranks: Ranks) -> list[_Way]:
@@ -228,7 +256,7 @@ def _with_sources(
     bounded = None
     for source in ways:
         try:
-            function, text, facts = _written(owner, name, call, recordings, found, source, leads, ranks)
+            function, text, facts = _written(owner, name, call, recordings, found, source, leads, ranks, way.around)
         except Refusal as reason:
             problem = Missed(str(reason))
             continue
@@ -263,7 +291,7 @@ def _tokens_of(found: Analysis) -> list[set[int]]:
 
 
 def _written(
-    owner, name, call, recordings, found: Analysis, way: Sources, leads, ranks: Ranks
+    owner, name, call, recordings, found: Analysis, way: Sources, leads, ranks: Ranks, around: Around
 ) -> tuple[Callable, str, LayerFacts]:
     first = recordings[0]
     if ranks.size == 1 and (hooked := hooked_module(owner, itertools.chain(*found.parts.holders.values()))):
@@ -271,36 +299,100 @@ def _written(
     experts = found.parts.experts * ranks.size
     form = "together" if ALL in found.parts.present else "one by one"
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
-    gating = gating_of(owner, call, leads[2])
+    gating = gating_of(first, way.ids, way.weight, experts, around if ranks.size == 1 else ())
     place = ".".join(p for p in (name, _common_path(found)) if p) or type(owner).__name__
     lifted = LiftedExperts(found.rows.module, experts, found.scaled, source, gating, place)
 
     dtype = first.raw[found.rows.rows].dtype
+    dynamic = ""
 
-    def replay(rows: Callable) -> Replay:
-        return Replay(recordings, found.parts, found.routing, way, found.rows, found.scaled, rows, experts)
+    def replay(rows: Callable, way: Sources, planted: tuple | None = None) -> Replay:
+        return Replay(
+            recordings, found.parts, found.routing, way, found.rows, found.scaled, rows, experts, planted, found.static
+        )
 
-    def balanced() -> tuple[Callable, str, int | None]:
+    def balanced(way: Sources, planted: tuple | None = None) -> tuple[Callable, str, int | None]:
         _refuse_shared(first, found.rows.consts, ranks)
         params = [_stacked_like(owner, found, role) for role in found.rows.roles]
         consts = [first.raw[c].detach() for c in found.rows.consts]
         weight = first.raw[way.weight] if found.scaled and way.weight is not None else None
         hidden = first.raw[found.routing.table].flatten(0, -2).to(dtype)
-        made = replay(caller(name or "model", lifted, hidden, weight, params, consts, ranks.name, ranks.size))
+        nonlocal dynamic
+        made = replay(
+            caller(name or "model", lifted, hidden, weight, params, consts, ranks.name, ranks.size), way, planted
+        )
         function = made.function()
+        dynamic = made.dynamic
         most = max(math.prod(leads[0]), math.prod(leads[-1]))  # sizes of skewed probes, see `check`
         return function, made.source, unreached_bound(recordings, found.parts, made.wanted, most)
 
     if ranks.size == 1:
-        check(owner, replay(reference_caller(lifted)).function(), call, leads, dtype=dtype)
-        function, text, most = balanced()
+        plain = reference_caller(lifted)
+        made = replay(plain, way)
+        try:
+            inference = check(owner, made.function(), call, leads, dtype=dtype)
+        except Refusal:
+            if not made.static:
+                raise
+            found.static = False  # counts of the data that mean something else where an expert has no rows
+            made = replay(plain, way)
+            inference = check(owner, made.function(), call, leads, dtype=dtype)
+        way = _told_of_repeats(owner, first, found, way, lambda *a: replay(plain, *a).function(), ranks, dtype)
+        function, text, most = balanced(way)
     else:  # nobody has all experts: what is checked is what will run
-        function, text, most = ranks.agreed(balanced)
-        check(owner, function, call, leads, ranks=ranks, dtype=dtype)
+        function, text, most = ranks.agreed(lambda: balanced(way))
+        inference = check(owner, function, call, leads, ranks=ranks, dtype=dtype)
+        told = _told_of_repeats(owner, first, found, way, lambda *a: ranks.agreed(lambda: balanced(*a)[0]), ranks, dtype)
+        if told is not way:
+            function, text, most = ranks.agreed(lambda: balanced(told))
     holders = tuple(tuple(found.parts.holders[role]) for role in found.rows.roles)
     counted = way.ids_form == "sizes"
-    facts = LayerFacts(experts, way.choices, holders, form, counted, source, ranks=ranks.size, dtype=dtype, most=most, gating=gating)
+    facts = LayerFacts(
+        experts, way.choices, holders, form, counted, source, most=most, ranks=ranks.size, dtype=dtype, gating=gating,
+        inference=inference, dynamic=dynamic, caller=_callers_choice(first, found, way),
+    )  # fmt: skip
     return function, text, facts
+
+
+def _callers_choice(recording: Recording, found: Analysis, way: Sources) -> int | None:
+    """Which input of the module names the one expert of each token, where nothing weighs it; None where something routes."""
+    if way.ids is None or way.weight is not None or way.choices > 1 or found.routing.skip is not None or way.ids_form == "sizes":
+        return None
+    place = place_of_ids(recording, way.ids)
+    return recording.inputs.index(place) if place in recording.inputs else None
+
+
+def _told_of_repeats(
+    owner: nn.Module,
+    recording: Recording,
+    found: Analysis,
+    way: Sources,
+    write: Callable[[Sources, tuple], Callable],
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> Sources:
+    """Sources that say what becomes of an expert that a token names twice, as the module's own forward shows it.
+
+    Args:
+        write: the new forward by some sources, with something planted.
+    """
+    tokens = math.prod(recording.raw[found.routing.table].shape[:-1])
+    rows = tokens if way.ids is None or way.ids_form != "samples" else recording.raw[way.ids].numel() // way.choices
+    proven = way.ids is None or way.choices == 1 or are_distinct(recording, way.ids, rows, way.choices)
+    if all(ranks.every(proven)):
+        return way
+    assert way.ids is not None
+    place = place_of_ids(recording, way.ids)
+    value = recording.raw[place]
+    whole = value.numel() == rows * way.choices and not value.is_floating_point() and value.dtype != torch.bool
+    if all(ranks.every(whole and place.op != "get_attr")):
+        change = functools.partial(plant, rows=rows, choices=way.choices)
+        for kind in ("", "once"):
+            told = dataclasses.replace(way, repeats=kind)
+            function = write(told, (place, plant, rows, way.choices))
+            if agrees_when_planted(owner, function, recording, (place.meta["turn"], change), ranks, dtype):
+                return told
+    return dataclasses.replace(way, repeats="never")
 
 
 def _refuse_shared(recording: Recording, consts: list[fx.Node], ranks: Ranks) -> None:
@@ -315,26 +407,6 @@ def _common_path(found: Analysis) -> str:
     paths = [n.split(".")[:-1] for role in found.rows.roles for n in found.parts.holders[role]]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return ".".join(parts[0] for parts in shared)
-
-
-def gating_of(owner: nn.Module, call: Call, lead: tuple[int, ...]) -> str:
-    """The form of the gating, by the ops before the experts. Evidence for the report, never a condition."""
-    names = []
-    for node in record(owner, resized(call, lead, 0), {}).graph.nodes:
-        if node.op.startswith("call"):
-            names.append(op_name(node))
-    chosen = [i for i, n in enumerate(names) if n in ("topk", "argmax", "max", "sort", "argsort")]
-    if not chosen:
-        return "unknown"
-    if "cumsum" in names and ("one_hot" in names or any(n.startswith("scatter") for n in names)):
-        return "capacity"
-    if "topk" not in names:
-        return "argmax"
-    before, after = names[: chosen[0]], names[chosen[0] :]
-    for squash in ("sigmoid", "softmax"):
-        if squash in before:
-            return f"{squash}-topk"
-    return next((f"topk-{s}" for s in ("softmax", "sigmoid") if s in after), "topk")
 
 
 def _stacked_like(owner: nn.Module, found: Analysis, role: str) -> Tensor:
@@ -408,6 +480,6 @@ def meets_rows_of_others(owner: nn.Module, call: Call, parameters: set[str], ran
     """Do these parameters, or any if there are none, stand between an exchange of rows with other ranks and another one?"""
     lead = ranks.every(tuple(main_input(call).shape[:-1]))[0]
     found: set[str] = set()
-    with contextlib.suppress(Exception):  # what hooks around it exchange is no call of its own that could be repeated
+    with contextlib.suppress(Refusal):  # what hooks around it exchange is no call of its own that could be repeated
         found = between_exchanges(record(owner, resized(call, lead, 0, rank=ranks.rank), {}))
     return any(ranks.every(bool(found & parameters if parameters else found)))

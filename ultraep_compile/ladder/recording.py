@@ -8,13 +8,15 @@ rest of this package to prove.
 from __future__ import annotations
 
 import contextlib
+import enum
 import inspect
 import linecache
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
@@ -24,6 +26,7 @@ from torch.utils import _pytree as pytree
 from ultraep_compile.ladder.explicit import explicit
 from ultraep_compile.ladder.guards import Reads, own_class
 from ultraep_compile.ladder.together import is_repeatable, noticed, reduced, reduction_of
+from ultraep_compile.passes.lift.faults import ModelFault, is_theirs, run_theirs, told
 from ultraep_compile.passes.lift.values import Refusal
 
 _NUMBERS = frozenset({
@@ -85,34 +88,77 @@ class Recording:
     """Attribute path -> tensor that the forward left in an attribute of a module (an auxiliary loss, say)."""
     exchanges: list[tuple[str, dist.ProcessGroup]]
     """Collectives of several ranks, by name. The node that contains one has it in its `meta["exchange"]`."""
+    call: Call
+    """What was recorded, as it was given."""
+    leaves: dict[nn.Module, str]
+
+    @property
+    def result(self) -> Any:
+        """The return value itself."""
+        return pytree.tree_map(lambda n: self.raw[n] if isinstance(n, fx.Node) else n, self.output)
+
+
+Planted = tuple[int, Callable[[Tensor], Tensor]]
+"""Which of the tensors that a forward makes (its `meta["turn"]`) is to be overwritten as soon as it is there, and with what."""
 
 
 def record(
-    owner: nn.Module, call: Call, leaves: dict[nn.Module, str], seed: int = 0, reads: Reads | None = None
+    owner: nn.Module,
+    call: Call,
+    leaves: dict[nn.Module, str],
+    reads: Reads | None = None,
+    *,
+    planted: Planted | None = None,
+    live: bool = False,
 ) -> Recording:
-    """Run `owner.forward` once. What it changes in Python is afterwards as it was.
+    """Run `owner.forward` once, with a seed that is always the same. What it changes in Python and buffers is afterwards as it was.
 
     Args:
         leaves: modules to record as one node (by their path), because nothing inside is of interest.
         reads: where to note what Python reads and writes.
+        live: the tensors of the call are not leaves already, and gradients are to reach them.
+    Raises: ModelFault where the forward itself raises.
     """
-    call = call.with_tensors([_live(t) for t in call.tensors()])
+    given = call
+    if not live:
+        call = call.with_tensors([_live(t) for t in call.tensors()])
     reads = reads or Reads(owner, leaves.values())
-    recorder = _Recorder(owner, call, reads)
+    recorder = _Recorder(owner, call, reads, planted)
     before = _attributes(owner)
+    buffers = [(b, b.detach().clone(), b._version) for b in owner.buffers()]
     devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
     stored = {}
-    with reads.watching(lambda: recorder.paused > 0, leaves):
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
-            torch.manual_seed(seed)
-            result = author_forward(owner)(owner, *call.args, **call.kwargs)
-        for path, value in _attributes(owner).items():
-            if before.get(path) is not value and id(value) in recorder.env:
-                stored[path] = recorder.env[id(value)]
-    _restore(owner, before)
+    try:
+        with reads.watching(lambda: recorder.paused > 0, leaves):
+            with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
+                torch.manual_seed(0)
+                result = run_theirs(author_forward(owner), owner, *call.args, **call.kwargs)
+            for path, value in _attributes(owner).items():
+                if before.get(path) is not value and id(value) in recorder.env:
+                    stored[path] = recorder.env[id(value)]
+    except Refusal:
+        raise
+    except Exception as fault:  # the door to the model's own code
+        if is_theirs(fault):
+            raise ModelFault(f"its own forward fails: {told(fault)}") from fault
+        raise
+    finally:
+        _restore(owner, before)
+        for buffer, value, version in buffers:
+            if buffer._version != version:
+                buffer.data.copy_(value)  # by its data: to autograd, what was recorded stays as it is
     output = pytree.tree_map(lambda t: recorder.node_of(t) if isinstance(t, Tensor) else t, result)
     return Recording(
-        recorder.graph, recorder.values, recorder.raw, owner, recorder.inputs, output, stored, recorder.exchanges
+        recorder.graph,
+        recorder.values,
+        recorder.raw,
+        owner,
+        recorder.inputs,
+        output,
+        stored,
+        recorder.exchanges,
+        given,
+        leaves,
     )
 
 
@@ -148,9 +194,10 @@ def _restore(owner: nn.Module, before: dict[str, Any]) -> None:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, owner: nn.Module, call: Call, reads: Reads) -> None:
+    def __init__(self, owner: nn.Module, call: Call, reads: Reads, planted: Planted | None) -> None:
         super().__init__()
         self.reads = reads
+        self.planted, self.turn = planted, 0
         self.graph, self.env, self.alive = fx.Graph(), {}, []
         self.values: dict[fx.Node, Any] = {}
         self.raw: dict[fx.Node, Tensor] = {}
@@ -166,11 +213,23 @@ class _Recorder(TorchFunctionMode):
 
     # ---- what a call leaves ----------------------------------------------------------------------------------------
 
-    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+    def _bind(self, tensor: Tensor, node: fx.Node) -> Tensor:
+        """Let a node stand for a tensor; returns the one that goes on from here, which is another where something is planted."""
+        if node.op != "get_attr":
+            node.meta["turn"], self.turn = self.turn, self.turn + 1
+            if self.planted is not None and self.planted[0] == node.meta["turn"]:
+                tensor = self._plant(tensor, given=node.op == "placeholder")
         self.env[id(tensor)] = node
         self.alive.append(tensor)  # an id is unique only while its object lives
         self.raw[node] = getattr(tensor, "elem", tensor)  # of a result that is still on its way, where it will be
         self.values[node] = tensor if node.op == "get_attr" else tensor.detach().clone()
+        return tensor
+
+    def _plant(self, tensor: Tensor, *, given: bool) -> Tensor:
+        assert self.planted is not None
+        with torch.no_grad():
+            new = self.planted[1](tensor)
+            return tensor.copy_(new) if given else new
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that holds a tensor; one that nothing recorded made is a parameter, a buffer or a constant."""
@@ -185,24 +244,52 @@ class _Recorder(TorchFunctionMode):
             self._bind(tensor, node)
         return self.env[id(tensor)]
 
-    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
-        as_node = lambda t: self.node_of(t) if isinstance(t, Tensor) else t  # noqa: E731
-        args, kwargs = pytree.tree_map(as_node, (tuple(args), dict(kwargs)))
+    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> tuple[fx.Node, Any]:
+        """Write a call down; returns its node, and its result as it goes on."""
+        args = tuple(self._argument(a) for a in args)
+        kwargs = {k: self._argument(v) for k, v in kwargs.items()}
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta["no_grad"] = not torch.is_grad_enabled()
         node.meta["source"] = _source()
-        self._unpack(out, node)
-        return node
+        return node, self._unpack(out, node)
 
-    def _unpack(self, out: Any, node: fx.Node) -> None:
+    def _argument(self, value: Any) -> Any:
+        """What a call was given, as the graph has it: nodes for tensors, and what Python and numpy values mean to torch."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if isinstance(value, slice):
+            return slice(*(self._argument(v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, range):
+            return list(value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
+        if isinstance(value, (tuple, list)):
+            inner = [self._argument(v) for v in value]
+            return type(value)(*inner) if hasattr(value, "_fields") else list(inner) if isinstance(value, list) else tuple(inner)
+        if isinstance(value, dict):
+            return {k: self._argument(v) for k, v in value.items()}
+        if isinstance(value, np.ndarray):
+            return self.node_of(torch.as_tensor(value))
+        return _plain_value(value)
+
+    def _unpack(self, out: Any, node: fx.Node) -> Any:
         if isinstance(out, Tensor):
-            self._bind(out, node)
-        elif isinstance(out, (tuple, list, dict)):
-            for key, part in out.items() if isinstance(out, dict) else enumerate(out):
-                if isinstance(part, (Tensor, tuple, list, dict)):
-                    item = self.graph.call_function(operator.getitem, (node, key))
-                    item.meta |= {k: node.meta[k] for k in ("no_grad", "source")}
-                    self._unpack(part, item)
+            return self._bind(out, node)
+        if not isinstance(out, (tuple, list, dict)):
+            return out
+        new = {}
+        for key, part in out.items() if isinstance(out, dict) else enumerate(out):
+            if isinstance(part, (Tensor, tuple, list, dict)):
+                item = self.graph.call_function(operator.getitem, (node, key))
+                item.meta |= {k: node.meta[k] for k in ("no_grad", "source")}
+                if (changed := self._unpack(part, item)) is not part:
+                    new[key] = changed
+        if not new:
+            return out
+        if isinstance(out, dict):
+            return {**out, **new}
+        parts = [new.get(index, part) for index, part in enumerate(out)]
+        return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
     # ---- what is intercepted ---------------------------------------------------------------------------------------
 
@@ -210,7 +297,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.paused or name in _UNRECORDED:
-            return func(*args, **kwargs)
+            return run_theirs(func, *args, **kwargs)
         if not kwargs and name in ("einsum", "matmul", "__matmul__"):
             with self:  # its steps are recorded
                 if (out := explicit(name, args)) is not None:
@@ -219,7 +306,7 @@ class _Recorder(TorchFunctionMode):
             out = args[0] if args else kwargs["input"]
             out = out.clone()
         else:
-            out = func(*args, **kwargs)
+            out = run_theirs(func, *args, **kwargs)
         if name == "__setitem__":
             self._emit("call_function", operator.setitem, args, kwargs, None)
             self._bind(args[0], next(iter(reversed(self.graph.nodes))))
@@ -227,9 +314,9 @@ class _Recorder(TorchFunctionMode):
             functional = str(func).startswith("_c10d_functional") and "wait_tensor" not in name
             name = name.partition(".")[0]
             if functional and is_repeatable(name) and not kwargs:  # its result is waited for where no recording sees it
-                node = self._emit("call_function", reduced, args, kwargs, out)
+                node, out = self._emit("call_function", reduced, args, kwargs, out)
             else:
-                node = self._emit(*_target(func, name, args), kwargs, out)
+                node, out = self._emit(*_target(func, name, args), kwargs, out)
             if functional:
                 node.meta["exchange"] = name
         elif name in _NUMBERS:
@@ -265,7 +352,7 @@ class _Recorder(TorchFunctionMode):
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             run = plain_apply.__get__(None, cls)
             if self.paused:
-                return run(*args, **kwargs)
+                return run_theirs(run, *args, **kwargs)
             if cls.__name__ == "_ToTorchTensor" and (path := self.names.get(id(args[0]))):
                 return self._own_part(path, run, args, kwargs)
             return self._opaque("call_function", cls.apply, run, args, kwargs)
@@ -312,7 +399,7 @@ class _Recorder(TorchFunctionMode):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.paused:
-                return run(*args, **kwargs)
+                return run_theirs(run, *args, **kwargs)
             return self._opaque("call_module", path, run, args, kwargs)
 
         return forward
@@ -321,14 +408,53 @@ class _Recorder(TorchFunctionMode):
         self.paused += 1
         before = len(self.exchanges)
         try:
-            out = run(*args, **kwargs)
-            node = self._emit(op, target, args, kwargs, out)
+            out = run_theirs(run, *args, **kwargs)
+            node, out = self._emit(op, target, args, kwargs, out)
         finally:
             self.paused -= 1
         if len(self.exchanges) > before:
             names = [name for name, _ in self.exchanges[before:]]
             node.meta["exchange"] = next((n for n in names if not is_repeatable(n)), names[0])
         return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """An object that a call was given and that has no name in generated source, a random generator say; `name` stands for it there."""
+
+    value: Any
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.value).__name__.lower()}_{id(self.value):x}"
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+"""What torch takes Python's types for."""
+_WRITTEN = (type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout)
+"""Values that generated source names as they print."""
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, type) and value in _DTYPES:
+        return _DTYPES[value]
+    if isinstance(value, np.generic):
+        return value.item()
+    for kind in (bool, int, float, complex, str):
+        if type(value) is kind:
+            return value
+        if isinstance(value, kind):  # an enum, or a class of the user's
+            return kind(value.value if isinstance(value, enum.Enum) else value)  # type: ignore[arg-type]
+    return value if isinstance(value, _WRITTEN) else Constant(value)
 
 
 def _target(func: Any, name: str, args: Any) -> tuple[str, Any, Any]:

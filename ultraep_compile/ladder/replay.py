@@ -21,14 +21,15 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.divided import stack_experts
-from ultraep_compile.ladder.recording import Recording, refuse_foreign
+from ultraep_compile.ladder.recording import Constant, Recording, refuse_foreign
 from ultraep_compile.ladder.regions import Parts
+from ultraep_compile.ladder.repeated import repeats
 from ultraep_compile.ladder.routing import Routing
 from ultraep_compile.ladder.rows import RowFunction
 from ultraep_compile.ladder.sizes import size_function
 from ultraep_compile.ladder.sources import Sources
 from ultraep_compile.ladder.together import is_repeatable, local
-from ultraep_compile.passes.lift.nodes import functional_target
+from ultraep_compile.passes.lift.nodes import functional_target, op_name
 from ultraep_compile.passes.lift.values import Refusal
 
 
@@ -40,6 +41,59 @@ def invoke(module: Any, *args: Any, **kwargs: Any) -> Any:
 def keep(module: Any, name: str, value: Any) -> None:
     """Store what the forward stores."""
     setattr(module, name, value)
+
+
+def counted(
+    input: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0, *, size: int
+) -> torch.Tensor:
+    """What `torch.bincount` gives for values below `size`, in a size that does not depend on them.
+
+    Example:
+        >>> counted(torch.tensor([0, 2, 2]), size=4).tolist()
+        [1, 0, 2, 0]
+    """
+    if weights is None:
+        each = torch.ones_like(input, dtype=torch.int64)
+    else:
+        each = weights.detach() if weights.dtype == torch.float32 else weights.detach().double()
+    return torch.zeros(size, dtype=each.dtype, device=input.device).scatter_add(0, input.to(torch.int64), each)
+
+
+def uniques(
+    input: torch.Tensor,
+    sorted: bool = True,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+    dim: int | None = None,
+    *,
+    size: int,
+) -> Any:
+    """What `torch.unique` gives where each number below `size` is there; others have a count of 0."""
+    if dim is not None:
+        raise Refusal("the forward takes unique rows of a tensor")
+    found = [torch.arange(size, dtype=input.dtype, device=input.device)]
+    found += [input.to(torch.int64)] if return_inverse else []
+    found += [counted(input.flatten(), size=size)] if return_counts else []
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+_STATIC: dict[str, Callable] = {"bincount": counted, "unique": uniques}
+_DYNAMIC = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"})
+
+
+def _minlength(node: fx.Node) -> int:
+    """Of a `bincount`, 0 of others."""
+    least = node.kwargs.get("minlength", node.args[2] if len(node.args) > 2 else 0) if op_name(node) == "bincount" else 0
+    return least if isinstance(least, int) else 0
+
+
+def _has_dynamic_size(node: fx.Node, recording: Recording) -> bool:
+    name = op_name(node)
+    if not node.op.startswith("call"):
+        return False
+    if name == "getitem" and node.all_input_nodes[0] in recording.raw:
+        return any(a in recording.raw and recording.raw[a].dtype in (torch.bool, torch.uint8) for a in node.all_input_nodes[1:])
+    return name in _DYNAMIC or (name == "where" and len(node.args) + len(node.kwargs) == 1)
 
 
 class Replay:
@@ -55,12 +109,19 @@ class Replay:
         inside: bool,
         lifted_rows: Callable,
         experts: int,
+        planted: tuple[Any, ...] | None = None,
+        static: bool = True,
     ) -> None:
         first = recordings[0]
         self.a, self.others, self.parts, self.routing, self.sources, self.rows = first, recordings[1:], parts, routing, sources, rows
         self.inside, self.lifted_rows = inside, lifted_rows
         self.experts = experts
         """Of all ranks; `parts` has those of this one."""
+        self.may_be_static = static
+        self.static: list[fx.Node] = []
+        """Counts that were written in a size that does not depend on the data: to be proven."""
+        self.planted = planted
+        """A recorded tensor, a function of it and further arguments: what is to be read in its place."""
         self.order = {n: i for i, n in enumerate(first.graph.nodes)}
         self.graph = fx.Graph()
         self.module = self.graph.placeholder("module")
@@ -82,6 +143,8 @@ class Replay:
         wanted = self._needed(nodes)
         self.wanted = set(wanted)
         """What is replayed of the first recording."""
+        if self.planted is not None and self.planted[0] in self.env:
+            self._plant()
         other = [_matching(wanted, self.a, b, self.routing.output) for b in self.others]
         done = False
         before = [n for n in wanted if n not in self._after()]
@@ -92,6 +155,8 @@ class Replay:
                 done = True
             if node is not self.routing.output and node not in self.env:
                 self.env[node] = self._copy(node, other)
+                if self.planted is not None and node is self.planted[0]:
+                    self._plant()
         if not done:
             raise Refusal("the output of the layer does not depend on its experts")
         results = [self.env[n] if isinstance(n, fx.Node) else n for n in leaves]
@@ -102,10 +167,15 @@ class Replay:
         self.graph.output(_plain(result))
         self.graph.lint()
         code = self.graph.python_code("self")
-        forward = _forward_from_src(code.src, dict(code.globals))
+        forward = _forward_from_src(code.src, {**code.globals, **{c.name: c.value for c in _constants(self.graph)}})
         self.source = code.src
         shape = _Shape.of(result)
         return lambda module, *tensors: shape.build(forward(None, module, *tensors))
+
+    def _plant(self) -> None:
+        assert self.planted is not None
+        node, change, *more = self.planted
+        self.env[node] = self.graph.call_function(change, (self.env[node], *more))
 
     # ---- which nodes -------------------------------------------------------------------------------------------------
 
@@ -206,7 +276,9 @@ class Replay:
         twins = [pairs[node] for pairs in other]
         args = _each(self._value, node.args, *(t.args for t in twins))
         kwargs = _each(self._value, dict(node.kwargs), *(dict(t.kwargs) for t in twins))
-        if node.op == "call_module":
+        if (target := self._static(node, twins)) is not None:
+            new = self.graph.call_function(target, tuple(args), kwargs | {"size": self._bins(node, self.a)})
+        elif node.op == "call_module":
             new = self.graph.call_function(invoke, (self._attribute(str(node.target)), *args), kwargs)
         else:
             if node.meta.get("no_grad") and functional_target(node)[0]:  # a buffer must not become part of the graph
@@ -215,6 +287,35 @@ class Replay:
         if node.meta.get("no_grad") and node in self.a.raw and self.a.raw[node].is_floating_point():
             new = self.graph.call_method("detach", (new,))
         return new
+
+    def _static(self, node: fx.Node, twins: Sequence[fx.Node]) -> Callable | None:
+        """What counts as this node does, in a size that does not depend on values; None where that is not known to be its meaning."""
+        if (target := _STATIC.get(op_name(node))) is None:
+            return None
+        sizes = {self._bins(n, r) for n, r in zip((node, *twins), (self.a, *self.others), strict=True)}
+        if len(sizes) != 1 or None in sizes:
+            return None
+        if not _minlength(node):
+            if not self.may_be_static:
+                return None
+            self.static.append(node)
+        return target
+
+    def _bins(self, node: fx.Node, recording: Recording) -> int | None:
+        """The size of a count that has one entry for each expert, or for each number below a `minlength`."""
+        given = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(given, fx.Node) or recording.raw[given].is_floating_point():
+            return None
+        made = node if node in recording.raw else next((u for u in node.users if u.args[1] == 0), None)
+        least = _minlength(node) or self.experts
+        return least if made in recording.raw and recording.raw[made].numel() == least else None
+
+    @property
+    def dynamic(self) -> str:
+        """Where what is replayed makes a tensor whose size depends on values, at which graphs break; "" if nowhere."""
+        counts = {n for n in self.wanted if op_name(n) in _STATIC and (_minlength(n) or n in self.static)}
+        found = next((n for n in self.a.graph.nodes if n in self.wanted - counts and _has_dynamic_size(n, self.a)), None)
+        return "" if found is None else str(found.meta.get("source") or found.target)
 
     def _value(self, a: Any, *others: Any) -> Any:
         if isinstance(a, fx.Node):
@@ -273,11 +374,11 @@ class Replay:
         weight = None
         if s.weight is not None:
             weight = self.env[s.weight]
-            if s.weight_form == "slots":
-                weight = g.call_method("sum", (weight, -1))
             columns = experts if s.weight_form in ("experts", "slots") else s.choices
-            if s.weight_form == "slots":
-                weight = g.call_method("reshape", (weight, (-1, columns)))
+            if s.weight_form == "slots":  # perhaps those of each choice
+                each = raw[s.weight].shape[:-2].numel() // (raw[routing.table].numel() // width)
+                weight = g.call_method("reshape", (g.call_method("sum", (weight, -1)), (-1, each, columns)))
+                weight = g.call_method("sum", (weight, 1))
             else:
                 weight = self._by_token(s.weight, s.weight_form, columns, hidden)
             if ids is None:
@@ -288,12 +389,20 @@ class Replay:
                 weight = g.call_function(operator.mul, (weight, s.factor))
         skip = None
         if routing.skip is not None:
+            if mask is None:
+                raise Refusal("tokens pass by the experts, and no recorded tensor says which")
             aside = g.call_method("logical_not", (mask,))
             skip = g.call_function(operator.mul, (weight, aside)) if weight is not None else aside
             skip = g.call_method("sum", (skip, 1), {"keepdim": True})
         if s.masked:
             like = g.call_method("to", (mask, raw[routing.output].dtype))
             weight = g.call_function(operator.mul, (weight, mask)) if weight is not None else like
+        if s.repeats == "once":
+            again = g.call_function(repeats, (ids,))
+            one = g.call_method("to", (g.call_method("logical_not", (again,)), raw[routing.output].dtype))
+            weight = g.call_method("masked_fill", (weight, again, 0)) if weight is not None else one
+        elif s.repeats == "never":
+            ids = g.call_function(torch.ops.ultraep.distinct.default, (ids, g.call_method("to", (mask, torch.bool)) if mask is not None else None))
         params = [self._stacked(role) for role in self.rows.roles]
         consts = [self.env[c] if c in self.env else self._copy(c, other) for c in self.rows.consts]
         inner = weight if self.inside else None
@@ -338,6 +447,13 @@ class Replay:
         if whole[1:] == shape[1:]:  # more blocks than experts
             return self.graph.call_function(operator.getitem, (node, slice(0, self.parts.experts)))
         return self.graph.call_method("reshape", (node, shape))
+
+
+def _constants(graph: fx.Graph) -> set[Constant]:
+    found: list[Any] = []
+    for node in graph.nodes:
+        map_aggregate((node.args, node.kwargs), found.append)
+    return {c for c in found if isinstance(c, Constant)}
 
 
 class _Shape:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ultraep_compile.ladder.regions import Parts, places, row_count
 from ultraep_compile.passes.lift.nodes import op_name
+from ultraep_compile.passes.lift.rules.products import PRODUCTS
 from ultraep_compile.passes.lift.values import Refusal
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ def _outputs(recording: Recording, parts: Parts, tokens: int, width: int) -> Ite
         if value is None or parts.label[node] != parts.present or node in parts.views:
             continue
         if value.dim() >= 2 and value.shape[-1] == width and row_count(value) == tokens and value.is_floating_point():
-            yield node
+            if bool(value.isfinite().all()):
+                yield node
 
 
 _ADDING = frozenset({"index_add", "scatter_add", "scatter_reduce", "index_put", "add", "iadd", "setitem"})
@@ -262,7 +264,7 @@ def _factors(
         found = torch.zeros(len(basis), dtype=torch.float64)
         if len(basis):
             found = torch.linalg.lstsq(basis.T, target[token, :, None], driver="gelsd").solution.flatten()
-        if float((basis.T @ found - target[token]).norm()) > allowed:
+        if not float((basis.T @ found - target[token]).norm()) <= allowed:
             return None
         found = torch.where(found.abs() < 1e-5, torch.zeros_like(found), found)
         after[token, slots.expert[mine]] = found[: len(mine)]
@@ -271,8 +273,29 @@ def _factors(
     return after, skip
 
 
-def judge(routing: Routing) -> None:
+_CHOICES = frozenset({"topk", "argmax", "sort", "argsort", "max", "multinomial", "gumbel_softmax"})
+
+
+def _is_chosen_from(recording: Recording, output: fx.Node) -> bool:
+    """Are the numbers of a row weighed against each other, and places of the best taken? Then they are scores, made by a router."""
+    width = recording.raw[output].shape[-1]
+    todo, seen = [output], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if op_name(node) in _CHOICES and node is not output:
+            return True
+        value = recording.raw.get(node)
+        if node in seen or value is None or not value.dim() or value.shape[-1] != width:
+            continue
+        seen.add(node)
+        todo += [u for u in node.users if op_name(u) not in PRODUCTS]
+    return False
+
+
+def judge(recording: Recording, routing: Routing) -> None:
     """Raise `Unbalanceable` where no planning can help."""
+    if _is_chosen_from(recording, routing.output):
+        raise Refusal("what they make are scores, among which a router chooses")
     weights = routing.after * routing.before
     dense = bool((weights != 0).all())
     if dense and float((weights - weights.mean(0)).abs().max()) < 1e-6 * float(weights.abs().max()):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from ultraep_compile.ladder.recording import Recording
+from ultraep_compile.ladder.recording import Constant, Recording
 from ultraep_compile.ladder.regions import ALL, Parts, Region, in_order, row_count
 from ultraep_compile.passes.lift.markers import expert_mm, expert_take
 from ultraep_compile.passes.lift.nodes import CASTS, RESHAPES, functional_target, op_name
@@ -145,6 +145,8 @@ class _Writer:
         if node.op == "call_module":
             raise Refusal(f"an expert calls {node.target}, which was not looked into")
         name = "getattr" if node.target is getattr else op_name(node)
+        if held := [c for c in _leaves((node.args, dict(node.kwargs))) if isinstance(c, Constant)]:
+            raise Refusal(f"an expert hands a {type(held[0].value).__name__} to {name}")
         args = tuple(map_arg(a, self.value) for a in node.args)
         kwargs = {k: map_arg(v, self.value) for k, v in node.kwargs.items()}
         leaves = [v for v in _leaves((args, kwargs)) if isinstance(v, (_Theta, _Rows))]

@@ -27,12 +27,14 @@ class Sources:
     ids_form: str
     weight: fx.Node | None
     weight_form: str
-    """`pairs` [T, K], `by choice` [K, T], `samples` [B, K], `experts` [T, E], `slots` [T, E, C] or `one` (no tensor, weight 1)."""
+    """`pairs` [T, K], `by choice` [K, T], `samples` [B, K], `experts` [T, E], `slots` [T, (K,) E, C] or `one` (no tensor, weight 1)."""
     factor: float
     choices: int
     """K."""
     masked: bool
     """Ids hold pairs that are not sent: their weight is 0."""
+    repeats: str = ""
+    """Of an expert that a token names twice: both count (""), it counts `once`, or that must `never` be."""
 
 
 def sources(recording: Recording, parts: Parts, routing: Routing, experts: int, weights: Tensor) -> Iterator[Sources]:
@@ -187,7 +189,8 @@ def _weights(
             elif (factor := _ratio(whole, dense, tolerance)) is not None:
                 yield node, "experts", factor
         if pairs is None and value.dim() >= 3 and value.shape[-2] == experts and _leads(value.flatten(-2), tokens):
-            if (factor := _ratio(value.sum(-1).reshape(tokens, experts), dense, tolerance)) is not None:
+            of_each = value.sum(-1).reshape(tokens, -1, experts).sum(1)
+            if (factor := _ratio(of_each, dense, tolerance)) is not None:
                 yield node, "slots", factor
 
 

@@ -75,7 +75,7 @@ class Standing:
         if found is None:
             found = f"forward_{len(vars(forwards))}"
             facts = lift.facts
-            setattr(forwards, found, Forward(lift.function, facts.lead, facts.most, facts.parameters, facts.ranks))
+            setattr(forwards, found, Forward(lift.function, facts.lead, facts.most, facts.parameters, facts.ranks, bool(facts.inference)))
         self.states.insert(0, State(reads, kinds, found))
         return self.states[0]
 
@@ -96,8 +96,10 @@ class Forward:
         most: int | None,
         parameters: tuple[str, ...],
         ranks: int,
+        inference: bool = False,
     ) -> None:
         self.function, self.lead, self.most, self.parameters, self.ranks = function, lead, most, parameters, ranks
+        self.inference = inference
 
 
 def standing_of(module: nn.Module) -> Standing | None:

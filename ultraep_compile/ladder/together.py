@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ultraep_compile.exchange import line_of
 from ultraep_compile.ladder.routing import Missed, Unbalanceable
+from ultraep_compile.passes.lift.faults import internal_error, run_theirs
 from ultraep_compile.passes.lift.values import Refusal
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Ranks:
         return line_of(self.group).gather_objects(value, "what every rank finds of an expert-parallel layer")
 
     def agreed(self, run: Callable[[], T]) -> T:
-        """The result of a step without exchanges; a refusal on one rank is one on all.
+        """The result of a step without exchanges; a refusal on one rank is one on all, and so is a bug.
 
         Raises: this rank's own exception, or another rank's refusal as one of the same kind.
         """
@@ -62,10 +63,11 @@ class Ranks:
         own: Exception | None = None
         try:
             result = run()
-        except Exception as reason:
+        except Exception as reason:  # raised again below, when the others know of it
             own = reason
-        kind = next((i for i, k in enumerate(_KINDS) if isinstance(own, k)), len(_KINDS) - 1)
-        said = self.every(None if own is None else (kind, str(own)))
+        kind = next((i for i, k in enumerate(_KINDS) if isinstance(own, k)), _KINDS.index(Missed))
+        text = str(own) if own is None or isinstance(own, Refusal) else internal_error(own)
+        said = self.every(None if own is None else (kind, text))
         if own is not None:
             raise own
         for rank, reason in enumerate(said):
@@ -135,7 +137,7 @@ def noticed(note: Callable[[str, dist.ProcessGroup, tuple], None]) -> Iterator[N
 
     def noting(name: str) -> Callable:
         def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            out = plain[name](group, *args, **kwargs)
+            out = run_theirs(plain[name], group, *args, **kwargs)
             if group.size() >= _SEVERAL:
                 note(_NAMES.get(name, name.strip("_")), group, args)
             return out
@@ -160,7 +162,7 @@ class _Functional(TorchFunctionMode):
         self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = run_theirs(func, *args, **(kwargs or {}))
         if str(func).startswith("_c10d_functional"):
             names = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, str)]
             if names:

@@ -46,8 +46,8 @@ def _raise_if_noted(key: tuple[str, torch.device], choices: int, scores: Tensor 
     if bad_id != NOTHING:
         raise RoutingError(
             f"{layer}: in an earlier call, pair {bad_id} (token {bad_id // choices}, choice {bad_id % choices}) was routed to "
-            "an expert that this layer does not have; the outputs of such pairs were NaN. Correct the router (or the table "
-            "of expert ids) that produced it."
+            "an expert that this layer does not have, or one that the token had named before in a layer that keeps one of both "
+            "results; the outputs of such pairs were NaN. Correct the router (or the table of expert ids) that produced it."
         )
     column = f" (token {bad_score // scores.shape[-1]}, expert {bad_score % scores.shape[-1]})" if scores is not None else ""
     raise RoutingError(

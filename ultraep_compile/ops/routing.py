@@ -145,7 +145,8 @@ class Fault:
     """The first thing wrong with a rank's routing."""
 
     kind: int = 0
-    """0: nothing; 1: a score that is not finite; 2: an id out of range; 3: more experts than choices (see `TOO_MANY`)."""
+    """0: nothing; 1: a score that is not finite; 2: an id out of range; 3: more experts than choices (see `TOO_MANY`); 4: an
+    expert named twice (see `REPEATED`)."""
     token: int = 0
     column: int = 0
     """Expert of a score, choice of an id; of kind 3, the number of choices."""
@@ -174,6 +175,12 @@ class Fault:
                 f"token {self.token} has weights for {int(self.value)} experts, but no token had more than {self.column} when the "
                 "model was prepared. Call ultraep_compile.prepare again with a batch that shows it."
             )
+        if self.kind == 4:
+            return (
+                f"token {self.token} names expert {int(self.value)} more than once (again in choice {self.column}), and this layer's own "
+                "forward keeps one of both results (as `y[rows] += ...` does, which one is not defined), with gradients of both. Add "
+                "results with index_add_, which sums them, or give ids that are distinct for each token."
+            )
         return (
             f"token {self.token}, choice {self.column} is routed to expert {int(self.value)}, but this layer has experts "
             f"0..{experts - 1}. Correct the router (or the table of expert ids) that produced it."
@@ -201,6 +208,10 @@ TOO_MANY = -(1 << 30)
 """What an id is counted down from where a token has weights for more experts than it has choices."""
 
 
+REPEATED = -(1 << 29)
+"""What an id is counted down from where a token names an expert a second time and that has no meaning."""
+
+
 def _id_fault(ids: Tensor, experts: int) -> Fault | None:
     if ids.numel() == 0:
         return None
@@ -210,6 +221,8 @@ def _id_fault(ids: Tensor, experts: int) -> Fault | None:
     token, choice = torch.nonzero((ids < 0) | (ids >= experts))[0].tolist()
     if TOO_MANY - experts <= int(ids[token, choice]) < TOO_MANY:
         return Fault(3, token, ids.shape[1], TOO_MANY - int(ids[token, choice]))
+    if REPEATED - experts < int(ids[token, choice]) <= REPEATED:
+        return Fault(4, token, choice, REPEATED - int(ids[token, choice]))
     return Fault(2, token, choice, ids[token, choice].item())
 
 
