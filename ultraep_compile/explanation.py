@@ -162,7 +162,8 @@ def explain(
     torch._dynamo.reset()
     breaks_before = troubles()
     compiled = torch.compile(model, backend=backend)
-    compiled(*args, **kwargs)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not any(f.inference for f in findings)):
+        compiled(*args, **kwargs)
     reasons = [_first_lines(r) for r, n in troubles().items() if n > breaks_before[r]]
     reasons = [f"{r} At {places[r]}" if r in places else r for r in reasons]
     torch._dynamo.reset()
