@@ -343,7 +343,9 @@ def _installed(
             only += "activation checkpoint, write it with a fixed size, or the layer runs as it is)"
         over = "" if facts.ranks == 1 else f" over the {facts.ranks} ranks of the layer's own all-to-all, which planning replaces"
         why = f"experts called {facts.form}{only}{over}, lifted from a recorded forward; outputs and gradients checked against eager"
-        yield Finding(here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source, facts.gating, bool(facts.inference))
+        yield Finding(
+            here, "lifted", why, parameters, facts.experts, facts.top_k, facts.source, facts.gating, bool(facts.inference)
+        )
 
 
 def _routed(model: nn.Module, candidate: Candidate, levels: list[str], calls: Calls) -> str:
