@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,6 +89,8 @@ def difference(pipe: Any, single: nn.Module, ours: float, whole: Mapping[str, An
     if loss.requires_grad:
         loss.backward()
     worst = abs(ours - float(loss.detach())) / max(abs(float(loss.detach())), 1e-12)
+    if math.isnan(float(loss.detach())):
+        return math.nan if math.isnan(ours) else math.inf
     grads = {n: p.grad for n, p in single.named_parameters(remove_duplicate=False)}
     floor = 1e-3 * max((float(g.abs().max()) for g in grads.values() if g is not None), default=0.0)
     for name, p in pipe.named_parameters():
@@ -115,7 +118,8 @@ def beside(
             for one in (model, single):
                 change(n, one)
                 one.zero_grad()
-            worst = max(worst, difference(pipe, single, float(pipe.step(whole)), whole))
+            now = difference(pipe, single, float(pipe.step(whole)), whole)
+            worst = now if math.isnan(now) else max(worst, now)
             with torch.no_grad():
                 for one in (model, single):
                     for p in one.parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def pipeline(
     inputs: Mapping[str, Any] | None = None,
     *,
     pipeline_dim: str | None = None,
+    loss_tokens: Callable[[Mapping[str, Any]], Any] | str | None = None,
     backend: Any = None,
     options: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -96,6 +97,9 @@ def pipeline(
         microbatches: into how many the samples of a batch are divided.
         inputs: an example batch (keyword arguments of one forward, with labels and every modality); finds the parts.
         pipeline_dim: the mesh dimension of the stages, if not "pp".
+        loss_tokens: how many tokens the loss of a microbatch is the mean of: a function of its inputs that gives a number (or a tensor
+            whose sum is it), or the name of an input that says so, a mask [samples, positions] or counts [samples]. By default
+            found from losses of the example batch.
         backend: what to compile the layers of this rank's stages with; "ultraep" (with its `options`) balances
             their experts; shard those over another mesh dimension by `shard_experts` first. An instance of a class that
             `@balance` decorates brings backend and options along.
@@ -119,7 +123,7 @@ def pipeline(
         if decorated is not None and compiler is None:
             compiler = functools.partial(ultraep, options=decorated)
         prepare(model, dict(inputs))
-        made = Pipeline(model, find_parts(model, inputs, ranks * chosen.virtual), mesh, chosen, dim)
+        made = Pipeline(model, find_parts(model, inputs, ranks * chosen.virtual, loss_tokens=loss_tokens), mesh, chosen, dim)
     if compiler is not None:
         for layer in made.layers():
             layer.compile(backend=compiler)

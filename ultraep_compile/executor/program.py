@@ -25,7 +25,7 @@ class Program:
     gives: dict[Op, tuple[Message, ...]]  # messages with an operation's output
     hosts: dict[tuple[int, int, int], int]  # (encoder, microbatch, item or ALL) -> rank that encodes it
     generated: frozenset[int]  # microbatches that some generator works on, anywhere
-    last: frozenset[Op]  # the last backward of each of this rank's stages
+    backwards: tuple[Op, ...]  # of this rank's stages, whole or their input part, in order
     digest: int  # of the schedule: equal on ranks that run the same
 
     @property
@@ -62,7 +62,6 @@ def program_of(schedule: Schedule, rank: int) -> Program:
                 for j, i in op.items or ((op.microbatch, ALL),):
                     hosts[op.stage, j, i] = r
     mine = schedule.ranks[rank]
-    last = {op.stage: op for op in mine if op.kind in ("B", "I")}
     return Program(
         schedule,
         rank,
@@ -71,7 +70,7 @@ def program_of(schedule: Schedule, rank: int) -> Program:
         {op: tuple(m) for op, m in gives.items()},
         hosts,
         frozenset(j for ops in schedule.ranks for op in ops if op.kind == "G" for j in op.microbatches),
-        frozenset(last.values()),
+        tuple(op for op in mine if op.kind in ("B", "I")),
         digest_of(schedule.ranks),
     )
 

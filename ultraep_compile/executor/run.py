@@ -104,11 +104,17 @@ class StepRun:
         self.inputs: dict[int, dict[str, Any]] = {}
         self.generations = program.count("G")  # left to run here, by microbatch
         self.forwards = program.count("F")
+        self.last = self._last_backwards()
         self.outcome = Outcome(torch.zeros((), device=self.device), [])
         self.run_op: dict[str, Callable[[Op], None]] = {
             "EF": self.encode, "EB": self.encode_backward, "F": self.forward, "G": self.generate,
             "B": self.backward, "I": self.backward, "W": self.backward,
         }  # fmt: skip
+
+    def _last_backwards(self) -> set[Op]:
+        """The last backward of each stage here that has a gradient: of a microbatch without loss tokens it has none."""
+        weighty = {j for j, m in enumerate(self.microbatches) if m.weight} | self.program.generated
+        return set({op.stage: op for op in self.program.backwards if op.microbatch in weighty}.values())
 
     def run(self) -> Outcome:
         """All of the program. Raises PeerTimeoutError if another rank does not answer in time."""
@@ -216,7 +222,7 @@ class StepRun:
             )
         states, tail = outputs[:count], list(outputs[count:])
         weight = self.microbatches[j].weight
-        if isinstance(tail[0], Tensor):
+        if isinstance(tail[0], Tensor) and weight:  # the mean over no label is NaN
             self.outcome.loss += tail[0].float().reshape(()) * weight
         self._count_metrics(tail[1:], weight)
         self.tails[j] = tail
@@ -233,7 +239,8 @@ class StepRun:
                 (m.is_floating_point(), torch.zeros((), dtype=torch.float64, device=self.device)) for m in single
             ]
         for (averaged, total), metric in zip(totals, single, strict=True):
-            total += metric.double() * weight if averaged else metric
+            if weight or not averaged:
+                total += metric.double() * weight if averaged else metric
 
     def generate(self, op: Op) -> None:
         unit = self.units.generators[op.stage]
@@ -246,7 +253,8 @@ class StepRun:
             if not op.items and unit.name not in microbatch.items:
                 samples = [microbatch.inputs]
             loss, gradients[j] = unit.run(j, self.states[j], samples, microbatch.weight * self.scale)
-            self.outcome.loss += loss * microbatch.weight
+            if microbatch.weight:
+                self.outcome.loss += loss * microbatch.weight
             self.generations[j] -= 1
             if not self.generations[j]:
                 del self.states[j]
@@ -261,7 +269,7 @@ class StepRun:
             unit.backward("W", j, (), False)
             return
         grads = self._seeds(j) if s == self.problem.stages - 1 else self.out_grads.pop((s, j))
-        hidden, features = unit.backward(op.kind, j, grads, op in self.program.last)
+        hidden, features = unit.backward(op.kind, j, grads, op in self.last)
         if s and self.rank_of[s - 1] == self.program.rank:
             self.out_grads[s - 1, j] = hidden
         leaving = self._leaving(s, j, features)
@@ -281,7 +289,7 @@ class StepRun:
         loss, *metrics = self.tails.pop(j)
         states = _sum(self.state_grads.pop(j)) if j in self.state_grads else (None,) * self.units.states
         weight = self.microbatches[j].weight * self.scale
-        seed = torch.full_like(loss, weight) if isinstance(loss, Tensor) else None
+        seed = torch.full_like(loss, weight) if isinstance(loss, Tensor) and weight else None
         return (*states, seed, *(None for _ in metrics))
 
     def _leaving(self, s: int, j: int, features: dict[str, Grads]) -> list[tuple[int, int, int, Grads]]:

@@ -156,7 +156,7 @@ class StageUnit:
                 outputs.append(out.clone() if split and out._is_view() else out)  # the split detaches them in place
                 given.append(grad.to(out.dtype))
         leaves = [t for t in tensors_in((held.hidden, held.features)) if t.requires_grad]
-        if not split or not self.splits:
+        if not split or not self.splits or not outputs:
             whole_backward(outputs, given)
             return None
         if not leaves:  # nobody asks for the input's gradient: all of it is weight part

@@ -10,6 +10,7 @@ Every part is a module that runs some of the model's own, unmodified forward. Pa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +25,9 @@ from ultraep_compile.multimodal.check import check_parts
 from ultraep_compile.multimodal.cut import balanced, trace_reads
 from ultraep_compile.multimodal.division import Division, even
 from ultraep_compile.multimodal.inputs import learn_inputs, learn_items
-from ultraep_compile.multimodal.loss_tokens import learn_loss_tokens
+from ultraep_compile.multimodal.loss_tokens import entry, fits, learn_loss_tokens, weigh
 from ultraep_compile.multimodal.modules import EncoderModule, GeneratorModule, PartModule, StageModule
-from ultraep_compile.multimodal.skeleton import loss_of, nothing_random, nothing_silent
+from ultraep_compile.multimodal.skeleton import is_state, loss_of, nothing_random, nothing_silent
 from ultraep_compile.preparation import untouched
 
 
@@ -84,8 +85,8 @@ class Parts:
     anatomy: Anatomy
     sample_key: str
     """The input whose dim 0 counts samples."""
-    loss_tokens: Callable[[Mapping[str, Any]], int]
-    """Inputs -> how many tokens their loss is the mean of."""
+    loss_tokens: Callable[[Mapping[str, Any]], Any]
+    """Inputs -> how many tokens their loss is the mean of: a number, or a tensor whose sum is it."""
     states: int = 0
     """How many tensors the last stage returns before its loss: what generators read."""
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -99,7 +100,8 @@ class Parts:
         The loss of the batch is the sum over microbatches of weight times loss, and so are its gradients.
 
         Raises:
-            PartsError: fewer samples than microbatches, a missing modality, items that cannot be told apart, no loss tokens.
+            PartsError: fewer samples than microbatches, a missing modality, items that cannot be told apart, rules
+            that count loss tokens differently and fit the example batch alike.
         """
         groups = self.anatomy.groups
         division = Division(batch, groups, self.sample_key)
@@ -109,13 +111,11 @@ class Parts:
             )
         chunks = even(division.samples, count)
         inputs = [division.inputs(chunk) for chunk in chunks]
-        tokens = [self.loss_tokens(i) for i in inputs]
-        if not sum(tokens):
-            raise PartsError("no label of the batch counts in the loss: it would be the mean of nothing")
+        weights = weigh(self.loss_tokens, batch, chunks, inputs)
         items = [{g.name: division.encoder_items(g, chunk) for g in groups} for chunk in chunks]
         for chunk, mine in zip(chunks, items, strict=True):
             mine |= {h.name: division.generator_items(chunk) for h in self.anatomy.heads if h.divides}
-        return [Microbatch(i, e, t / sum(tokens)) for i, e, t in zip(inputs, items, tokens, strict=True)]
+        return [Microbatch(*of) for of in zip(inputs, items, weights, strict=True)]
 
     def part_modules(self) -> list[PartModule]:
         return [p.module for p in (*self.encoders, *self.stages, *self.generators) if isinstance(p.module, PartModule)]
@@ -127,7 +127,7 @@ def find_parts(
     stages: int,
     *,
     costs: Sequence[float] | None = None,
-    loss_tokens: Callable[[Mapping[str, Any]], int] | None = None,
+    loss_tokens: Callable[[Mapping[str, Any]], Any] | str | None = None,
     check: bool = True,
 ) -> Parts:
     """Take a model apart: encoders, `stages` stages of its language model, generators. The model itself does not change.
@@ -137,7 +137,8 @@ def find_parts(
         batch: keyword arguments of one forward with labels and every modality; at least two samples.
         stages: pipeline ranks times virtual stages.
         costs: of each layer, to balance stages by; measured FLOPs of the forward by default.
-        loss_tokens: inputs -> tokens that their loss is the mean of; found by comparing losses by default.
+        loss_tokens: inputs of a microbatch -> tokens that their loss is the mean of (a number, or a tensor whose sum is it), or the
+            name of an input that says so: a mask [samples, positions], or counts [samples]; found by comparing losses by default.
         check: compare loss and gradients of the parts with those of the model, on this batch.
 
     Raises:
@@ -153,7 +154,7 @@ def _find_parts(
     batch: Mapping[str, Any],
     stages: int,
     costs: Sequence[float] | None,
-    loss_tokens: Callable[[Mapping[str, Any]], int] | None,
+    loss_tokens: Callable[[Mapping[str, Any]], Any] | str | None,
     check: bool,
 ) -> Parts:
     anatomy = study(model, batch)
@@ -175,34 +176,56 @@ def _find_parts(
         [Generator(g.head.name, g) for g in generators],
         anatomy,
         sample_key,
-        loss_tokens or (lambda inputs: 1),
+        entry(loss_tokens) if isinstance(loss_tokens, str) else loss_tokens or (lambda inputs: 1),
         states=sum(len(h.states) for h in anatomy.heads),
         shared=_shared(stage_modules),
         unread=tuple(unread),
     )
-    if loss_tokens is None:
-        found.loss_tokens = _loss_tokens(found, batch, lenient=bool(generators))
+    _learn_loss_tokens(found, batch, given=loss_tokens is not None)
     if check:
         check_parts(found, batch)
     return found
 
 
-def _loss_tokens(parts: Parts, batch: Mapping[str, Any], lenient: bool) -> Callable[[Mapping[str, Any]], int]:
+def _learn_loss_tokens(parts: Parts, batch: Mapping[str, Any], given: bool) -> None:
+    """Find the rule that counts loss tokens, or compare the one that the user gave with the losses of the batch and its halves."""
     model, groups = parts.anatomy.model, parts.anatomy.groups
     if len(batch[parts.sample_key]) < 2:
+        if given:
+            return
         raise PartsError(
             "an example batch of one sample does not show what the loss is the mean of: give at least two samples"
         )
+    kinds: list[torch.dtype] = []
 
     def loss(inputs: Mapping[str, Any]) -> float:
         with untouched(model), torch.no_grad():
-            return float(loss_of(model(**inputs)))
+            found = loss_of(model(**inputs))
+        kinds.append(found.dtype)
+        return float(found)
 
     def halves(inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         division = Division(inputs, groups, parts.sample_key)
         return [division.inputs(r) for r in even(division.samples, 2)]
 
-    return learn_loss_tokens(loss, halves, batch, parts.sample_key, {k for g in groups for k in g.keys}, lenient)
+    if given:
+        if not fits(loss, halves, batch, parts.loss_tokens):
+            warnings.warn(
+                "the loss of the example batch is not the mean of those of its halves by the given loss_tokens: gradients will be those of "
+                "the losses of microbatches, weighted by it",
+                stacklevel=5,
+            )
+        return
+    fed = {k for g in groups for k in g.keys}
+    placed = {s.placeholder[0] for g in groups for s in g.streams if s.placeholder}
+    loss(batch)
+    device = batch[parts.sample_key].device
+    half = any(is_state(p) and p.element_size() < 4 for p in model.parameters())
+    half = half or torch.is_autocast_enabled(device.type)
+    parts.loss_tokens = learn_loss_tokens(
+        loss, halves, batch, parts.sample_key, fed, bool(parts.generators),
+        torch.bfloat16 if half else kinds[0], careful=device.type != "cpu", kept=placed,
+    )  # fmt: skip
 
 
 def _shared(stages: Sequence[PartModule]) -> dict[str, tuple[int, ...]]:
