@@ -218,8 +218,8 @@ def learn_loss_tokens(
     ]
     chosen = {k: values for k, values in usable.items() if values}
 
-    def thinned_at(turn: int, filled: bool) -> dict[str, Tensor]:
-        return {k: _thinned(batch[k], i, 8 * n + turn, filled) for n, (k, i) in enumerate(chosen.items())}
+    def thinned_at(turn: int, filled: bool, equal: bool = False) -> dict[str, Tensor]:
+        return {k: _thinned(batch[k], i, 8 * n + turn, filled, equal) for n, (k, i) in enumerate(chosen.items())}
 
     best: list[tuple[float, LossTokens]] = []
     seen: list[_Seen] = []
@@ -235,6 +235,21 @@ def learn_loss_tokens(
             break
     error = min((e for e, _ in best), default=math.inf)
     explained = [(e, rule) for e, rule in best if _explains(rule, e, seen, dtype)]
+    if not explained and not lenient:
+        # a sum of several means, say: right as long as all samples have equally many labels, which the rivals see to
+        equal = [s for s in map(watched, [thinned_at(0, True, True), thinned_at(1, True, True), {}]) if s is not None]
+        errors = [(max((s.error(rule) for s in equal), default=math.inf), rule) for rule in rules]
+        marked = {
+            k for k, values in usable.items() if any(i < 0 for i in values)
+        }  # then no other value marks what is left out
+        alike = [
+            rule
+            for e, rule in errors
+            if e <= _ROUNDING.get(dtype, _HALF)
+            and (not marked or not rule.labels or (rule.labels in marked and rule.ignored < 0))
+        ]
+        if len(alike) > 1 and len(equal) > 1:
+            return Learnt(alike[0], tuple(alike[1:]))
     if not explained and not (lenient and math.isfinite(error)):
         raise PartsError(_no_rule(seen[-1] if seen else None, labels, error))
     if not explained:
@@ -325,13 +340,14 @@ def _rules(labels: Mapping[str, Sequence[int]], masks: Sequence[str], sample_key
     yield LossTokens(sample_key=sample_key, summed=True)
 
 
-def _thinned(labels: Tensor, ignored: Sequence[int], seed: int, filled: bool) -> Tensor:
+def _thinned(labels: Tensor, ignored: Sequence[int], seed: int, filled: bool, equal: bool = False) -> Tensor:
     """Labels of which the samples of the first half keep most and the others few, at places drawn anew for every seed; the first
     place, which a shift leaves out, only in the first half.
 
     Args:
         ignored: what stands for no label, one or the other by chance.
         filled: labels are put where none were, too, so that rules differ even where hardly any place has one.
+        equal: at the same places in all samples, so that most rules agree.
     """
     source = torch.Generator().manual_seed(seed)
     here = labels.detach().cpu()
@@ -354,6 +370,8 @@ def _thinned(labels: Tensor, ignored: Sequence[int], seed: int, filled: bool) ->
     else:
         kept[0] = kept[half:][:1] = True
     none = torch.tensor(ignored, dtype=here.dtype)[torch.randint(len(ignored), kept.shape, generator=source)]
+    if equal:
+        kept, none = (x[:1].expand_as(x) for x in (kept, none))
     kept, none = (x.reshape(*x.shape, *[1] * (here.dim() - x.dim())) for x in (kept, none))
     return torch.where(kept & counts, here, none).to(labels.device)
 
