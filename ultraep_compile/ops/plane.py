@@ -10,7 +10,12 @@ Buffers of N rows, as bytes: `rows` (tokens on their way to experts), `weights` 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shutil
+import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultraep_compile.codegen.bundle import Bundle, Part
+from ultraep_compile.errors import TopologyError
 from ultraep_compile.exchange import line_of
 from ultraep_compile.ops.dispatch import buffer_rows
 from ultraep_compile.ops.groups import is_alive, resolve
 from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.symmetric import Region, SymmetricPool, control, open_pool
+from ultraep_compile.symmetric.open import shared_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +50,74 @@ class Geometry:
     deadline_s: int
 
 
+def sends_once(geometry: Geometry) -> bool:
+    """Does a token go once to each rank that computes several of its choices?"""
+    return geometry.choices > 1 and geometry.layout.ranks <= 2 * geometry.choices
+
+
+def bundles_of(geometry: Geometry) -> tuple[Bundle, Bundle]:
+    """The weights in the slots, and their gradients."""
+    layout, trained = geometry.layout, tuple(p for p in geometry.parts if p.dtype.is_floating_point)
+    return (
+        Bundle("slots", layout.ranks, layout.masters, layout.slots, geometry.parts),
+        Bundle("slot_grads", layout.ranks, layout.masters, layout.slots, trained),
+    )
+
+
+def regions_of(geometry: Geometry, capacity: int) -> dict[str, Region]:
+    """What a plane keeps on every rank."""
+    g, rows = geometry, buffer_rows(capacity, geometry.layout, 1)
+    widths = {
+        "rows": g.row_bytes,
+        "weights": g.weight_bytes,
+        "grads": g.result_bytes,
+        "results": g.result_bytes,
+        "result_weights": g.weight_bytes,
+    }
+    regions = {name: Region((rows * width,), torch.uint8) for name, width in widths.items()}
+    regions["references"] = Region((rows if sends_once(g) else 0,), torch.int32)
+    if g.layout.slots and g.parts:
+        slots, gradients = bundles_of(g)
+        regions |= slots.replicate_regions() | gradients.reduce_regions()
+    return regions
+
+
+def free_bytes(device: torch.device, ranks: int) -> int:
+    """Memory for planes that this process can count on: on the CPU its part of the folder of shared files."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return shutil.disk_usage(shared_folder()).free // ranks
+
+
+def refuse_too_large(geometry: Geometry, capacity: int, free_R: Sequence[int]) -> None:
+    """Raise TopologyError, before anything is allocated, where some rank has too little memory; all ranks know all `free_R`."""
+
+    def needed(slots: int) -> int:
+        layout = dataclasses.replace(geometry.layout, slots=slots)
+        regions = regions_of(dataclasses.replace(geometry, layout=layout), capacity)
+        return sum(region.nbytes for region in regions.values())
+
+    slots, least = geometry.layout.slots, min(free_R)
+    if needed(slots) <= least:
+        return
+    fits = next((s for s in range(slots - 1, -1, -1) if needed(s) <= least), None)
+    rows = max(0, least - (needed(slots) - needed(0))) * capacity // max(1, needed(0))
+    cure = f"redundant_experts={fits} fits, or" if fits is not None else "Without slots it does not fit either:"
+    raise TopologyError(
+        f"slots for {slots} copies and buffers for {capacity} rows need {needed(slots) / 2**20:.1f} MiB of symmetric memory on every rank, and "
+        f"rank {list(free_R).index(least)} has {least / 2**20:.1f} MiB left. {cure} batches that bring a rank at most about {rows} rows "
+        "(tokens times choices), or transport='collective', which keeps no buffers."
+    )
+
+
 class Plane:
     """The pool of one geometry; every method that opens memory must be called by all ranks alike."""
 
     def __init__(self, geometry: Geometry, group: dist.ProcessGroup, capacity: int) -> None:
         self.geometry, self._group, self.capacity = geometry, weakref.ref(group), capacity
-        layout, parts = geometry.layout, geometry.parts
-        self.bundle = Bundle("slots", layout.ranks, layout.masters, layout.slots, parts)
-        trained = tuple(p for p in parts if p.dtype.is_floating_point)
-        self.grad_bundle = Bundle("slot_grads", layout.ranks, layout.masters, layout.slots, trained)
+        self._too_large: float = math.inf  # a capacity that some rank has no memory for
+        self.bundle, self.grad_bundle = bundles_of(geometry)
         self.pool = self._open()
 
     @property
@@ -73,7 +139,7 @@ class Plane:
     @property
     def sends_once(self) -> bool:
         """A token goes once to each rank that computes several of its choices: worth it where that is common."""
-        return self.geometry.choices > 1 and self.geometry.layout.ranks <= 2 * self.geometry.choices
+        return sends_once(self.geometry)
 
     def references(self) -> Tensor | list[Tensor]:
         """On every rank: which row of `rows` each of its rows repeats."""
@@ -82,26 +148,27 @@ class Plane:
         return [self.pool.on_rank("references", rank) for rank in range(self.pool.ranks)]
 
     def _open(self) -> SymmetricPool:
-        g, rows = self.geometry, self.rows
-        widths = {
-            "rows": g.row_bytes,
-            "weights": g.weight_bytes,
-            "grads": g.result_bytes,
-            "results": g.result_bytes,
-            "result_weights": g.weight_bytes,
-        }
-        regions = {name: Region((rows * width,), torch.uint8) for name, width in widths.items()}
-        regions["references"] = Region((rows if self.sends_once else 0,), torch.int32)
-        if g.layout.slots and g.parts:
-            regions |= self.bundle.replicate_regions() | self.grad_bundle.reduce_regions()
+        regions = regions_of(self.geometry, self.capacity)
         self._size = sum(region.nbytes for region in regions.values())
-        return open_pool(regions, self.group, g.device, float(g.deadline_s))
+        return open_pool(regions, self.group, self.geometry.device, float(self.geometry.deadline_s))
 
     def grow(self, capacity: int) -> None:
-        """Replace the memory by larger one; all ranks, at the same point of the program."""
-        if self.geometry.device.type == "cuda":
-            torch.cuda.synchronize(self.geometry.device)
-        line_of(self.group).barrier("growing buffers")  # nobody reads the old memory any more
+        """Replace the memory by larger one; all ranks, at the same point of the program. Where some rank has too little for
+        that, everything stays as it is, with one warning: larger batches go in several rounds.
+        """
+        device, ranks = self.geometry.device, self.geometry.layout.ranks
+        if capacity >= self._too_large:
+            return
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        mine = free_bytes(device, ranks) + self._size
+        free = line_of(self.group).gather_objects(mine, "growing buffers")  # nobody reads the old memory any more
+        try:
+            refuse_too_large(self.geometry, capacity, free)
+        except TopologyError as reason:
+            self._too_large = capacity
+            warnings.warn(f"ultraep: buffers do not grow to the batches, which go in several rounds: {reason}", stacklevel=2)
+            return
         self.pool.close()
         self.capacity = capacity
         self.pool = self._open()
@@ -169,8 +236,11 @@ def plane_for(geometry: Geometry, pairs: int) -> Plane:
     plane = of_group.get(geometry)
     if plane is None or plane.pool.outlived:
         close_planes_of_the_dead()
-        asked = line_of(group).gather_objects(pairs, "how large buffers must be")
-        plane = of_group[geometry] = Plane(geometry, group, geometry.layout.capacity(max(asked) * geometry.layout.ranks))
+        ranks = geometry.layout.ranks
+        asked = line_of(group).gather_objects((pairs, free_bytes(geometry.device, ranks)), "how large buffers must be")
+        capacity = geometry.layout.capacity(max(wanted for wanted, _ in asked) * ranks)
+        refuse_too_large(geometry, capacity, [free for _, free in asked])
+        plane = of_group[geometry] = Plane(geometry, group, capacity)
     return plane
 
 

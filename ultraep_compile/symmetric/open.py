@@ -75,9 +75,14 @@ def _symmetric_memory(size: int, group: dist.ProcessGroup, device: torch.device)
     return memory, (mine, handle)
 
 
+def shared_folder() -> str:
+    """Where the files of pools on the CPU lie."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+
 def _shared_files(size: int, line: Line) -> list[Tensor]:
     """A file per rank, mapped by all and unlinked at once: nothing stays behind, even after a kill."""
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    folder = shared_folder()
     descriptor, path = tempfile.mkstemp(prefix="ultraep-pool-", dir=folder)
     try:
         os.ftruncate(descriptor, size)
