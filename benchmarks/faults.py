@@ -218,6 +218,8 @@ def _train(rank: int, group: Group, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=group.ranks)
     job = _PipelineJob(rank, group.ranks) if group.job == "pipeline" else _ExpertJob(rank, group.ranks, group.job)
     _round(job, lambda moment: None)
+    job.evaluate()  # compiles, too
+    _round(job, lambda moment: None)
     job.shorten()
     _round(job, lambda moment: None)
     seen: list[Seen] = []
