@@ -205,6 +205,16 @@ def _striking(job: Any, fault: Fault, rank: int) -> Callable[[str], None]:
     return strike
 
 
+def _held() -> tuple[int, int, int]:
+    """Descriptors, threads and files in shared memory, once what other threads are just closing is closed."""
+    gc.collect()
+    samples = []
+    for _ in range(5):
+        time.sleep(0.1)
+        samples.append((len(os.listdir("/proc/self/fd")), threading.active_count(), _files()))
+    return min(samples)
+
+
 def _files() -> int:
     return sum(name.startswith("ultraep-pool-") for name in os.listdir("/dev/shm"))
 
@@ -244,8 +254,7 @@ def _train(rank: int, group: Group, folder: str) -> None:
             if fault.kind in LEFT_OUT and rank == fault.rank and not told.error:
                 _swallow(job)
             _round(job, lambda moment: None)
-            gc.collect()
-            told.held = len(os.listdir("/proc/self/fd")), threading.active_count(), _files()
+            told.held = _held()
         seen.append(told)
         Path(folder, f"seen.{rank}").write_text(json.dumps([asdict(s) for s in seen]))
     os._exit(0)
