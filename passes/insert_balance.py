@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ from ultraep_compile.ops.layout import ExpertLayout
 from ultraep_compile.ops.routing import must_agree
 from ultraep_compile.passes.lift import Refusal, Site, expert_mm, expert_take, replace_site
 from ultraep_compile.passes.lift.nodes import is_attribute, is_substitute, is_unshard, upstream
+from ultraep_compile.passes.lift.rewrite import where_now
 from ultraep_compile.passes.lift.sizes import size_of
 from ultraep_compile.passes.own_part import own_part
 
@@ -76,9 +78,12 @@ def prepare_site(
     return key, made
 
 
-def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, planner: str, least: int = 0) -> list[fx.Node]:
+def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, planner: str, least: int = 0, seen: Sequence[fx.Node] = ()) -> list[fx.Node]:
     """Rewrite one site, planned for batches of at least so many routed pairs. Returns nodes of the old region that had to
     stay because something else reads them.
+
+    Args:
+        seen: tensors that the watch is shown.
     """
     ops, layout = torch.ops.ultraep, made.layout
 
@@ -87,8 +92,10 @@ def insert_balance(gm: fx.GraphModule, site: Site, key: str, made: ExpertSite, p
         if _value(ids).dim() == 1:
             ids = graph.call_method("unsqueeze", (ids, 1))
         scores = None if site.scores is None else graph.call_method("detach", (site.scores,))
+        shown = [graph.call_method("detach", (where_now(gm, n),)) for n in seen]
         counts = graph.call_function(
-            ops.expert_load.default, (ids, scores, layout.experts, layout.ranks, made.group, key)
+            ops.expert_load.default,
+            (ids, scores, layout.experts, layout.ranks, made.group, key, *([shown] if shown else [])),
         )
         plan = graph.call_function(ops.plan.default, (counts, layout.slots, planner, key, least))
         slot_expert = graph.call_function(operator.getitem, (plan, 0))

@@ -26,9 +26,53 @@ from ultraep_compile.passes.lift import Miss, Refusal, Site, find_moe_sites, ver
 from ultraep_compile.passes.lift.faults import internal_error
 from ultraep_compile.passes.lift.nodes import is_unshard, upstream
 from ultraep_compile.passes.refused import refusal
+from ultraep_compile.passes.regions import Region, cut, take_marks
 from ultraep_compile.worth import NEVER, least_pairs
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LookedAt:
+    """One site as the watch sees it."""
+
+    owner: fx.GraphModule
+    outputs: list[fx.Node]
+    before: Region
+    """What the unmodified graph computes: the whole layer where it was lifted, else from routed tokens to their sum."""
+    is_layer: bool
+    """Was the layer lifted? Then its inputs and outputs are those of its module."""
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, owner: fx.GraphModule, site: Site, layers: list[tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]]
+    ) -> LookedAt | None:
+        """None where the layer cannot be run by itself."""
+        inputs = list(dict.fromkeys(n for n in (site.hidden, site.ids, site.weight, site.scores) if n is not None))
+        outputs, is_layer = [site.output], False
+        is_given = lambda n: source_of(gm, owner, n) is not None  # noqa: E731
+        for where, begins, ends in layers:
+            if where is owner and any(site.output in upstream(e) for e in ends) and not any(site.output in upstream(b) for b in begins):
+                inputs, outputs, is_layer = begins, ends, True
+        before = cut(owner, inputs, outputs, is_given)
+        order = {n: i for i, n in enumerate(owner.graph.nodes)}
+        if before is None or any(order[n] > order[site.output] for n in before.inputs):  # known too late to be shown
+            return None
+        return cls(owner, outputs, before, is_layer)
+
+
+def source_of(gm: fx.GraphModule, owner: fx.GraphModule, node: fx.Node) -> int | None:
+    """Number of the whole graph's input that an input of one of its bodies stands for, None if it is made in the graph."""
+    if owner is gm:
+        return gm.graph.find_nodes(op="placeholder").index(node)
+    for parent in _bodies(gm):
+        for call in parent.graph.nodes:
+            if owner in bodies_run_by(parent, call):
+                places = owner.graph.find_nodes(op="placeholder")
+                given = call.args[len(call.args) - len(places) :][places.index(node)]
+                if isinstance(given, fx.Node) and given.op == "placeholder":
+                    return source_of(gm, parent, given)
+    return None
 
 
 @dataclass(slots=True)
@@ -44,6 +88,10 @@ class Rewrite:
     owners: list[fx.GraphModule] = field(default_factory=list)
     """The graph that each site is in: the whole one, or the body of an activation checkpoint."""
     misses: list[Miss] = field(default_factory=list)
+    layers: list[tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]] = field(default_factory=list)
+    """Lifted layers that the graphs show: inputs and outputs."""
+    looked_at: dict[str, LookedAt] = field(default_factory=dict)
+    """What the watch needs of a site, by key."""
     prepared: dict[str, ExpertSite] = field(default_factory=dict)
     """By site key; one per rewritten site, in graph order."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -54,6 +102,7 @@ class Rewrite:
 def detect_moe_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
     """Find every place where routed tokens meet per-expert parameters, and lift it. Changes nothing."""
     for owner in _bodies(gm):
+        rewrite.layers += [(owner, *ends) for ends in take_marks(owner)]
         for found in _sites_or_reason(owner):
             if isinstance(found, Site) and (why := refusal(found.params, rewrite.refused)):
                 rewrite.misses.append(Miss(found.name, found.source, why, found.anchors))
@@ -191,7 +240,10 @@ def insert_balance_pass(gm: fx.GraphModule, rewrite: Rewrite) -> fx.GraphModule:
     """Replace every proven site by load, plan, reroute and the balanced experts. Bitwise neutral in forward."""
     for site, owner, (key, made) in zip(rewrite.sites, rewrite.owners, rewrite.prepared.items(), strict=True):
         least = least_pairs(made, site.top_k, rewrite.options.balance_from, torch.is_grad_enabled())
-        stayed = insert_balance(owner, site, key, made, rewrite.options.planner, least)
+        seen: list[fx.Node] = []
+        if rewrite.options.watch and (looked_at := LookedAt.of(gm, owner, site, rewrite.layers)) is not None:
+            rewrite.looked_at[key], seen = looked_at, looked_at.before.inputs
+        stayed = insert_balance(owner, site, key, made, rewrite.options.planner, least, seen)
         if least:
             log.info("%s: planned from %s routed pairs on", site.name, "no number of" if least == NEVER else least)
         if stayed:

@@ -26,6 +26,7 @@ from ultraep_compile.passes.pipeline import ANALYSES, Rewrite, run_passes
 from ultraep_compile.passes.refused import refused_inputs
 from ultraep_compile.report import GraphReport, add_report, wants_snapshots
 from ultraep_compile.shadow import Shadow, copied
+from ultraep_compile.spot_check import Watch
 from ultraep_compile.steps import compiled_here, follow_steps
 from ultraep_compile.telemetry.recorder import get_recorder
 from ultraep_compile.versions import untested
@@ -113,8 +114,11 @@ def _balanced(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
         get_recorder(options.trace).flush()  # nothing is recorded, and the file is there all the same
     in_agreement = agreeing(gm, rewrite)
     shadow = Shadow.of(original, gm, rewrite) if original is not None and rewrite.prepared else None
+    watching = Watch(gm, rewrite) if rewrite.looked_at else None
     inputs, given_parts = take_parts(gm, example_inputs)
     compiled = given_parts(compile_inner(gm, inputs, options, mode, rewritten=bool(rewrite.prepared)))
+    if watching is not None and shadow is None:
+        compiled = watching.beside(compiled)
     return _noted(rewrite, in_agreement(compiled if shadow is None else shadow.beside(compiled)))
 
 

@@ -60,6 +60,10 @@ class Options:
     verify: int = 0
     """For the first so many calls, run the unmodified graph too and raise where the results differ."""
 
+    watch: bool = True
+    """At steps 1, 2, 4, ... 1024 and about every 1000th, compare one layer in turn with the module's own forward on what the
+    step gave it, gradients included in training, and raise where they differ by more than rounding."""
+
     trace: str | os.PathLike[str] | None = None
     """File (.npz) to record loads and plans to, for `ultraep-compile view`; None records nothing."""
 
@@ -69,6 +73,8 @@ class Options:
         for name in ("redundant_experts", "verify"):
             _check_number(name, getattr(self, name))
         check_site_count(self.expect_moe_sites)
+        if not isinstance(self.watch, bool):
+            raise OptionError(f"option 'watch' is {self.watch!r}. Give True or False.")
         start = self.balance_from
         if start != "auto" and (isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 2**31):
             raise OptionError(f"option 'balance_from' is {start!r}. Give a number of tokens, 0 or more, or 'auto'.")
@@ -153,6 +159,8 @@ def _from_environment() -> dict[str, Any]:
         if not text:
             continue
         found[option.name] = text
+        if str(option.type) == "bool":
+            found[option.name] = text.lower() not in ("0", "false", "no", "off")
         if "int" in str(option.type) and not ("str" in str(option.type) and not text.lstrip("-").isdigit()):
             try:
                 found[option.name] = int(text)

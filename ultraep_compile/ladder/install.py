@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -219,6 +220,29 @@ def swap_class(owner: nn.Module, members: dict[str, Any]) -> None:
 
     members = {**members, "__reduce_ex__": reduce, "__module__": base.__module__, "_ultraep_plain": plain}
     owner.__class__ = type(base.__name__, (base,), members)
+    if _LAYER in members:
+        lifted_modules[owner] = state_of(owner)
+
+
+lifted_modules: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+"""Modules with a new forward, and what their Python state was when they got it."""
+
+
+def state_of(module: nn.Module) -> dict[str, str]:
+    """The plain values in a module and everything below it, as text: what a person would call its settings."""
+    found: dict[str, str] = {}
+    for path, each in module.named_modules():
+        prefix = f"{path}." if path else ""
+        found[f"class of {path or 'the layer'}"] = vars(type(each)).get("_ultraep_plain", type(each)).__qualname__
+        hooks = sum(len(v) for n, v in vars(each).items() if n.endswith("_hooks") and isinstance(v, dict))
+        found |= {f"hooks of {path or 'the layer'}": str(hooks)} if hooks else {}
+        for name, value in vars(each).items():
+            if isinstance(value, (bool, int, float, str, type(None), torch.dtype)) and not name.startswith("_"):
+                found[prefix + name] = repr(value)
+            elif not name.startswith("_") and hasattr(value, "__dict__") and not isinstance(value, (Tensor, type, nn.Module)):
+                inner = {n: v for n, v in vars(value).items() if isinstance(v, (bool, int, float, str))}
+                found |= {f"{prefix}{name}.{n}": repr(v) for n, v in inner.items()}
+    return found
 
 
 def lifted_layer(module: nn.Module) -> LiftedLayer | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_aggregate
@@ -29,6 +29,7 @@ from ultraep_compile.ladder.rows import RowFunction
 from ultraep_compile.ladder.sizes import size_function
 from ultraep_compile.ladder.sources import Sources
 from ultraep_compile.ladder.together import is_repeatable, local
+from ultraep_compile.ops import looked_at  # noqa: F401  (defines the op)
 from ultraep_compile.passes.lift.nodes import functional_target, op_name
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -170,7 +171,16 @@ class Replay:
         forward = _forward_from_src(code.src, {**code.globals, **{c.name: c.value for c in _constants(self.graph)}})
         self.source = code.src
         shape = _Shape.of(result)
-        return lambda module, *tensors: shape.build(forward(None, module, *tensors))
+
+        def replayed(module: Any, *tensors: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                torch.ops.ultraep.mark.default(list(tensors), True)
+            results = forward(None, module, *tensors)
+            if torch.compiler.is_dynamo_compiling():
+                torch.ops.ultraep.mark.default(tensors_in(results), False)
+            return shape.build(results)
+
+        return replayed
 
     def _plant(self) -> None:
         assert self.planted is not None
@@ -454,6 +464,17 @@ def _constants(graph: fx.Graph) -> set[Constant]:
     for node in graph.nodes:
         map_aggregate((node.args, node.kwargs), found.append)
     return {c for c in found if isinstance(c, Constant)}
+
+
+def tensors_in(results: Any) -> list[Tensor]:
+    """The tensors of a return value, in the order of pytree leaves; written so that a compiler follows it."""
+    if isinstance(results, Tensor):
+        return [results]
+    if isinstance(results, dict):
+        return [t for v in results.values() for t in tensors_in(v)]
+    if isinstance(results, (tuple, list)):
+        return [t for v in results for t in tensors_in(v)]
+    return []
 
 
 class _Shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from ultraep_compile.ops import watch
 from ultraep_compile.ops.agreement import RUNS, common
 from ultraep_compile.ops.late_checks import check_later
 from ultraep_compile.ops.layout import ExpertLayout, ordinal_in_group, physical_to_logical
+from ultraep_compile.ops.looked_at import look
 from ultraep_compile.ops.padding import real_among
 from ultraep_compile.ops.transport import (
     CollectiveTransport,
@@ -26,19 +28,34 @@ from ultraep_compile.ops.transport import (
 from ultraep_compile.planner import Plan, make_plan
 
 
-@torch.library.custom_op("ultraep::expert_load", mutates_args=())
-def expert_load(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, group: str, site: str) -> Tensor:
+@torch.library.custom_op(
+    "ultraep::expert_load",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor? scores, SymInt experts, SymInt ranks, str group, str site, Tensor[]? seen=None) -> Tensor",
+)
+def expert_load(
+    ids: Tensor,
+    scores: Tensor | None,
+    experts: int,
+    ranks: int,
+    group: str,
+    site: str,
+    seen: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Tokens of every source rank for every expert, int32 [R, E], identical on all ranks.
 
     Args:
         ids: integer [T, K], the router's choice.
         scores: the router's raw scores [T, >= E] or None; only looked at for NaN and infinity.
         site: name of the layer for messages and traces.
+        seen: what the layer is given, for the watch.
     Raises: RoutingError for ids outside 0..E-1 and for scores that are not finite, on all ranks: what a rank finds travels
         with its counts, so that none is left waiting for another. On a GPU with symmetric memory at the layer's next call
         (see `late_checks`).
     """
     started = time.perf_counter()
+    if not watch.in_backward():
+        look(site, seen)
     transport = transport_for(ranks, group)
     scores = _to_be_judged(scores, ids)
     with at(layer_name(site), "recomputation" if watch.in_backward() else "forward"):
@@ -131,7 +148,7 @@ def _device_of(transport: CollectiveTransport) -> torch.device:
 
 
 @expert_load.register_fake
-def _(ids: Tensor, scores: Tensor | None, experts: int, ranks: int, group: str, site: str) -> Tensor:
+def _(ids, scores, experts, ranks, group, site, seen=None) -> Tensor:
     return ids.new_empty(ranks, experts, dtype=torch.int32)
 
 
