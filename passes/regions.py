@@ -10,7 +10,16 @@ import torch
 from torch import fx
 
 from ultraep_compile.ops import looked_at  # noqa: F401  (defines the mark)
-from ultraep_compile.passes.lift.nodes import VIEWS, functional_target, is_buffer, is_call, is_param, op_name, tensor, upstream
+from ultraep_compile.passes.lift.nodes import (
+    VIEWS,
+    functional_target,
+    is_buffer,
+    is_call,
+    is_param,
+    op_name,
+    tensor,
+    upstream,
+)
 
 _CONTEXTS = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
 
@@ -46,7 +55,7 @@ def cut(owner: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.N
     todo = [n for n in outputs if n not in inputs]
     if any(n not in below for n in todo):
         return None
-    while todo:
+    while todo or (todo := [w for w in nodes if w not in needed and _is_wanted(w, needed, free, place)]):
         node = todo.pop()
         if node in needed or node in inputs or node in free:
             continue
@@ -64,8 +73,6 @@ def cut(owner: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.N
         else:
             needed.add(node)
             todo += node.all_input_nodes
-        if not todo:
-            todo = [w for w in nodes if w not in needed and _is_wanted(w, needed, free, place)]
     calls = [place[n] for n in needed if is_call(n)]
     if not calls:
         return None

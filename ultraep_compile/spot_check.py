@@ -191,7 +191,7 @@ def _difference(layer: Layer, args: list[Any], seen: list[Tensor]) -> str:
     if not any(from_all_ranks(layer.site.group, bool(_judged(ours, theirs, eps)))):
         return ""
     exact = _exact(layer, module, args, seen, training)
-    judged = _judged(ours, theirs, 16 * eps) if exact is None else _judged(ours, theirs, eps, exact)
+    judged = _judged(ours, theirs, (16 if eps < 1e-4 else 2) * eps) if exact is None else _judged(ours, theirs, eps, exact)
     if not judged:
         return ""
     whose = "the module's own forward" if module is not None else "the unmodified graph"
