@@ -156,7 +156,7 @@ def _layer(gm: fx.GraphModule, rewrite: Rewrite, key: str) -> Layer | None:
 
 def _cannot_look() -> bool:
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return capturing or torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return capturing or torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # pyright: ignore
 
 
 def _kept(value: Any) -> Any:
