@@ -6,6 +6,7 @@ reads: features. What a projector's own output is made from ties it to the encod
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,10 @@ class Anatomy:
     front: float = 0.0
     head: float = 0.0
     heads: list[Head] = field(default_factory=list)
+    required: dict[str, Shape] = field(default_factory=dict)
+    """Tensors that the forward cannot be called without, as in the example."""
+    returned: dict[str, tuple[list[Any], Any]] = field(default_factory=dict)
+    """Part -> leaves and structure of what it returned last, Shape for a tensor."""
 
     def part(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
@@ -130,6 +135,9 @@ def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None
     found.costs = [watcher.spent[i] for i in range(n)]
     found.front, found.head = watcher.before, watcher.flops.total - watcher.at
     found.outputs = [watcher.outputs[i] for i in range(n)]
+    arguments = inspect.signature(model.forward).parameters.values()
+    needed = {a.name for a in arguments if a.default is a.empty and a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
+    found.required = {k: Shape.of(v) for k, v in batch.items() if k in needed and isinstance(v, Tensor)}
     return found
 
 
@@ -179,6 +187,7 @@ class _Watcher:
             self.in_parts += self.flops.total - start
             self.fed_by.append({c for c, _ in self.slots_behind((args, kwargs, leaves))})
             self.made.append(leaves)
+            self.found.returned[path] = ([Shape.of(x) if isinstance(x, Tensor) else x for x in leaves], spec)
             leaves = [self.reads.cut(x, (call, i)) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
             return pytree.tree_unflatten(leaves, spec)
 

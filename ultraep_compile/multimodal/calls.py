@@ -76,7 +76,7 @@ class Calls:
             def action(own: Any, args: Any, kwargs: Any) -> Any:
                 output = own(*args, **kwargs)
                 leaves, spec = flatten(output)
-                kept = (_shape(x) if is_state(x) or (path, i) in slots else x for i, x in enumerate(leaves))
+                kept = (Shape.of(x) if is_state(x) or (path, i) in slots else x for i, x in enumerate(leaves))
                 calls.append(PartCall(path, tuple(kept), spec))
                 return output
 
@@ -89,10 +89,6 @@ class Calls:
         with torch.no_grad():
             run(self.anatomy.model, inputs, actions | {self.anatomy.layers[0]: leave})
         return calls
-
-
-def _shape(value: Tensor) -> Shape:
-    return Shape(tuple(value.shape), value.dtype, value.device)
 
 
 def _signed(value: Any) -> tuple[Any, ...]:

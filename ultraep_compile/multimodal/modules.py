@@ -15,7 +15,7 @@ from ultraep_compile.multimodal.absent import must_be_here, nothing_spoilt
 from ultraep_compile.multimodal.anatomy import Anatomy, Group, Head
 from ultraep_compile.multimodal.calls import Calls, answers
 from ultraep_compile.multimodal.division import SAMPLE
-from ultraep_compile.multimodal.skeleton import Action, Left, flatten, holding_only, is_state, loss_of, run
+from ultraep_compile.multimodal.skeleton import Action, Left, Shape, flatten, holding_only, is_state, loss_of, run
 
 
 class PartModule(nn.Module):
@@ -110,14 +110,28 @@ class EncoderModule(PartModule):
         def leave(own: Any, args: Any, kwargs: Any) -> Any:
             raise Left(None)
 
-        actions: dict[Any, Action] = {anatomy.part(p): kept(p) for p in group.paths}
-        self._run(item, actions | {anatomy.layers[0]: leave})
+        lacking = {k: shape.absent(f"the input {k!r}") for k, shape in anatomy.required.items() if k not in item}
+        actions: dict[Any, Action] = {anatomy.layers[0]: leave}
+        if lacking:  # what other encoders are given, which need not run for this one
+            actions |= {anatomy.part(p): _not_here(p, *made_of) for p, made_of in anatomy.returned.items()}
+        actions |= {anatomy.part(p): kept(p) for p in group.paths}
+        self._run({**lacking, **item}, actions)
         must_be_here(made, "returns")
         if not wanted <= {p for p, _ in made}:
             raise PartsError(
                 f"{group.name} did not run on an item with {sorted(item)}; it needs {', '.join(group.keys)}"
             )
         return made
+
+
+def _not_here(path: str, leaves: list[Any], spec: Any) -> Action:
+    """In the place of a part: what it returns, without values."""
+
+    def action(own: Any, args: Any, kwargs: Any) -> Any:
+        absent = [x.absent(f"what {path} returns") if isinstance(x, Shape) else x for x in leaves]
+        return pytree.tree_unflatten(absent, spec)
+
+    return action
 
 
 class StageModule(PartModule):

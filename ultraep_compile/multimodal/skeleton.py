@@ -148,6 +148,10 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shape:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
+
     def hollow(self) -> Tensor:
         return hollow(self.sizes, torch.empty((), dtype=self.dtype, device=self.device))
 
