@@ -161,3 +161,34 @@ def test_where_the_loss_stands(form):
 def test_outputs_without_a_loss_are_refused(form):
     with pytest.raises(PartsError, match="the forward returned no loss but"):
         find_parts(made(Losses, form), batch(), 2)
+
+
+class TwoRequired(Seeing):
+    """Neither encoder's input may be left out of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hear, self.ear = nn.Linear(5, WIDTH), nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, image, sound, tokens, labels):
+        heard = self.hear(sound)
+        for layer in self.ear:
+            heard = layer(heard)
+        x = torch.cat([self.features(image), heard, self.table(tokens)], 1)
+        for layer in self.trunk:
+            x = layer(x)
+        return self.text_loss(self.head(self.norm(x)[:, -tokens.shape[1] :]), labels)
+
+
+def test_inputs_that_no_call_can_leave_out():
+    model, whole = made(TwoRequired), batch(sound=torch.randn(SAMPLES, 6, 5))
+    parts = find_parts(model, whole, 2)
+    assert sorted(parts.anatomy.roles.encoders) == ["ear", "tower"]
+    assert_same(parts, parts.microbatches(whole, 4))
+
+
+def test_inputs_that_the_example_did_not_show_are_refused():
+    parts = find_parts(made(), batch(), 2)
+    assert len(parts.microbatches(batch(mask=None), 4)) == 4
+    with pytest.raises(PartsError, match="the batch has 'clip', which the example batch had not"):
+        parts.microbatches(batch(clip=torch.randn(SAMPLES, 3, 8, 8)), 4)

@@ -93,6 +93,8 @@ class Parts:
     """Parameters that several stages read (tied embeddings): their gradients are to be added up over those stages."""
     unread: tuple[str, ...] = ()
     """Parameters that no part reads: of generators that training does not call, of layers whose output is not used."""
+    known: frozenset[str] = frozenset()
+    """Inputs that the example batch had: what others do in the model was not seen. Empty: not known."""
 
     def microbatches(self, batch: Mapping[str, Any], count: int) -> list[Microbatch]:
         """Divide a batch into `count` microbatches of samples in order, as even as possible.
@@ -103,6 +105,7 @@ class Parts:
             PartsError: fewer samples than microbatches, a missing modality, items that cannot be told apart, rules
             that count loss tokens differently and fit the example batch alike.
         """
+        self._refuse_unknown(batch)
         groups = self.anatomy.groups
         division = Division(batch, groups, self.sample_key)
         if not 1 <= count <= division.samples:
@@ -116,6 +119,15 @@ class Parts:
         for chunk, mine in zip(chunks, items, strict=True):
             mine |= {h.name: division.generator_items(chunk) for h in self.anatomy.heads if h.divides}
         return [Microbatch(*of) for of in zip(inputs, items, weights, strict=True)]
+
+    def _refuse_unknown(self, batch: Mapping[str, Any]) -> None:
+        """Masks, positions and flags go to all parts; what is measured (pixels, sound) to encoders that were seen to read it."""
+        new = sorted(k for k, v in batch.items() if is_state(v) and k not in self.known) if self.known else []
+        if new:
+            raise PartsError(
+                f"the batch has {', '.join(map(repr, new))}, which the example batch had not, so that it is not known which part reads it. "
+                "Give pipeline() an example batch that has every modality that comes."
+            )
 
     def part_modules(self) -> list[PartModule]:
         return [p.module for p in (*self.encoders, *self.stages, *self.generators) if isinstance(p.module, PartModule)]
@@ -180,6 +192,7 @@ def _find_parts(
         states=sum(len(h.states) for h in anatomy.heads),
         shared=_shared(stage_modules),
         unread=tuple(unread),
+        known=frozenset(k for k, v in batch.items() if v is not None),
     )
     _learn_loss_tokens(found, batch, given=loss_tokens is not None)
     if check:
