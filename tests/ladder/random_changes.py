@@ -194,8 +194,14 @@ _OF_LISTS: dict[str, Callable[[nn.Module, random.Random], object]] = {
 }
 
 
-def _with_adapters(method: str) -> Callable[[nn.Module, random.Random], object]:
-    return lambda model, at: getattr(model, method)() if hasattr(model, method) else None
+def _merge(model: nn.Module, at: random.Random) -> None:
+    model.base_model.enable_adapter_layers()  # merged ones that are disabled write to weights in a forward, which nobody compiles
+    model.merge_adapter()
+
+
+def _disable(model: nn.Module, at: random.Random) -> None:
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
 
 
 def _scaled(model: nn.Module, at: random.Random) -> None:
@@ -206,9 +212,9 @@ def _scaled(model: nn.Module, at: random.Random) -> None:
 
 
 _OF_ADAPTERS: dict[str, Callable[[nn.Module, random.Random], object]] = {
-    "disable": lambda m, at: m.base_model.disable_adapter_layers(),
+    "disable": _disable,
     "enable": lambda m, at: m.base_model.enable_adapter_layers(),
-    "merge": _with_adapters("merge_adapter"),
-    "unmerge": _with_adapters("unmerge_adapter"),
+    "merge": _merge,
+    "unmerge": lambda m, at: m.unmerge_adapter(),
     "set_scale": _scaled,
 }
