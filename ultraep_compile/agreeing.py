@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch._guards import CompileContext
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -235,7 +236,7 @@ def _refuse_other_size(group: dist.ProcessGroup, rewrite: Rewrite, what: str) ->
 
 def _note_the_limit(group: str) -> None:
     """The last compilation of a function that Dynamo allows is the last thing that is heard of it: then it runs in eager mode."""
-    made = getattr(torch._guards.CompileContext.current_compile_id(), "frame_compile_id", None) or 0
+    made = getattr(CompileContext.current_compile_id(), "frame_compile_id", None) or 0
     limit = getattr(torch._dynamo.config, "recompile_limit", None) or 8
     if made + 1 >= limit:
         common(resolve(group)).note(

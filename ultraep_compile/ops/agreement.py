@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from ultraep_compile.errors import PeerTimeoutError, TopologyError
 from ultraep_compile.exchange import line_of
@@ -156,12 +157,12 @@ class Common:
         assert group is not None
         return group
 
-    def _store(self) -> dist.Store:
+    def _store(self) -> c10d.Store:
         """Asked for anew each time: holding it would keep the server of a dead group alive."""
         group = self._here()
         find = getattr(group, "get_group_store", None)
-        store = find() if find is not None else dist.distributed_c10d._get_process_group_store(group)  # pyright: ignore
-        return dist.PrefixStore("ultraep/agreement", store)
+        store = find() if find is not None else c10d._get_process_group_store(group)  # pyright: ignore
+        return c10d.PrefixStore("ultraep/agreement", store)
 
     def _say(self, statement: Statement) -> int:
         self.turns += 1

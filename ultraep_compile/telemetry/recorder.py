@@ -132,7 +132,8 @@ class Recorder:
         came, told apart by one of their weights (the object, not its values).
         """
         with self._lock:
-            names = self._names.setdefault(weight, {})
+            names: dict[str, str] = self._names.get(weight) or {}
+            self._names[weight] = names
             if name not in names:
                 self._alike[name] += 1
                 names[name] = name if self._alike[name] == 1 else f"{name}#{self._alike[name]}"
