@@ -192,3 +192,23 @@ def test_inputs_that_the_example_did_not_show_are_refused():
     assert len(parts.microbatches(batch(mask=None), 4)) == 4
     with pytest.raises(PartsError, match="the batch has 'clip', which the example batch had not"):
         parts.microbatches(batch(clip=torch.randn(SAMPLES, 3, 8, 8)), 4)
+
+
+class Places(Seeing):
+    """A small frozen network on positions, before the trunk: code around the parts, and none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Sequential(nn.Linear(1, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
+
+    def embedded(self, tokens):
+        with torch.no_grad():
+            places = self.places(torch.arange(tokens.shape[1], device=tokens.device)[:, None] / 10)
+        return super().embedded(tokens) + places
+
+
+def test_modules_that_are_given_no_input_are_no_projectors():
+    model, whole = made(Places), batch()
+    parts = find_parts(model, whole, 2)
+    assert parts.anatomy.roles.projectors == ["projector"]
+    assert_same(parts, parts.microbatches(whole, 4))

@@ -103,7 +103,7 @@ def _beside_the_stacks(model: nn.Module, roles: Roles, seen: _Seen, fed: list[st
         when = seen.started(path)
         if when is None:
             roles.generators.append(path)
-        elif first < when < start and path in fed_by.feeding:
+        elif first < when < start and path in fed_by.feeding and (fed_by.of(path) or path in fed_by.measured):
             roles.projectors.append(path)
         elif roles.layers in fed_by.of(path):
             behind.append(path)
@@ -122,6 +122,8 @@ class _FedBy:
     """Module -> stacks behind what it is given."""
     feeding: set[str] = field(default_factory=set)
     """Modules near the top whose outputs some layer of a stack is made from."""
+    measured: set[str] = field(default_factory=set)
+    """Modules that are given what is made from inputs of floating type; others, of places say, belong to the code around."""
     tokens: set[str] = field(default_factory=set)
     """Stacks whose layers are made from looked-up ids."""
     read: set[str] = field(default_factory=set)
@@ -147,7 +149,10 @@ def _watch_flow(model: nn.Module, layers: dict[str, list[str]], *args: Any, **kw
 
     def given(path: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.modules.setdefault(path, set()).update(s for kind, s in reads.made_from((args, kwargs)) if kind == "stack")
+            behind = reads.made_from((args, kwargs))
+            found.modules.setdefault(path, set()).update(s for kind, s in behind if kind == "stack")
+            if ("measured", "") in behind:
+                found.measured.add(path)
 
         return hook
 
@@ -191,8 +196,7 @@ def _watch_flow(model: nn.Module, layers: dict[str, list[str]], *args: Any, **kw
             layer = model.get_submodule(path)
             handles.append(layer.register_forward_hook(cut(stack), prepend=True, with_kwargs=True))
     for t in tensors_in((args, kwargs)):
-        if not is_state(t):
-            reads.name(t, ("input", ""))
+        reads.name(t, ("measured" if is_state(t) else "input", ""))
     try:
         with untouched(model), reads:
             output = model._call_impl(*args, **kwargs)  # the eager path, also where a compiled one is installed
