@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import zoo_wide
+from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.check import model_gradients, parts_gradients, relative_error
 from ultraep_compile.multimodal.parts import find_parts
 
@@ -26,6 +27,9 @@ def build(name, samples=8):
             if not p.any():
                 p.normal_(std=0.1)
     if name != "musicgen":  # its loss is a mean over codebooks, too
+        text = model.config.get_text_config()
+        if getattr(text, "output_router_logits", False):
+            text.output_router_logits = False  # its loss over the routers of all layers goes around the cut
         for i in range(samples):
             batch["labels"][i, : i % 5 + 1] = -100
     return model, batch
@@ -39,6 +43,18 @@ def assert_same(parts, microbatches):
     floor = 1e-3 * max(float(g.abs().max()) for g in expected.values())
     errors = {n: relative_error(got[n], g, floor) for n, g in expected.items()}
     assert max(errors.values()) <= 1e-5, max(errors, key=lambda n: errors[n])
+
+
+def test_loss_over_all_routers_is_refused():
+    model, batch = build("qwen3_vl_moe")
+    text = model.config.get_text_config()
+    if not hasattr(text, "output_router_logits"):
+        pytest.skip("this transformers adds no router loss to the model's own")
+    text.output_router_logits = True
+    if getattr(model(**batch), "aux_loss", None) is None:
+        pytest.skip("this transformers makes no router loss")
+    with pytest.raises(PartsError, match=r"the loss reads something made before layer 3 .*output_router_logits=False"):
+        find_parts(model, batch, 4, check=False)
 
 
 @pytest.mark.parametrize("name", zoo_wide.MULTIMODAL)

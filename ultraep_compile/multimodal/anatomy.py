@@ -103,6 +103,9 @@ class Anatomy:
     heads: list[Head] = field(default_factory=list)
     required: dict[str, Shape] = field(default_factory=dict)
     """Tensors that the forward cannot be called without, as in the example."""
+    around: dict[int, set[int]] = field(default_factory=dict)
+    """Layer, or how many there are for the loss -> what it reads besides the output of the layer before it: n for what layer
+    n - 1 returned or what is made inside of layer n."""
     returned: dict[str, tuple[list[Any], Any]] = field(default_factory=dict)
     """Part -> leaves and structure of what it returned last, Shape for a tensor."""
 
@@ -124,9 +127,12 @@ def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None
         )
     found = Anatomy(model, roles, list(model.get_submodule(roles.layers)))  # pyright: ignore[reportArgumentType]
     watcher = _Watcher(found)
+    for p in watcher.only_in_first_layer():
+        watcher.reads.name(p, 0)
     with torch.enable_grad(), watcher.reads, watcher.flops:
         left, output = run(model, batch, watcher.actions())
         loss = loss_of(output)
+        watcher.note_around(len(found.layers), loss)
         found.heads = [watcher.head(path, loss) for path in roles.trained]
         read = watcher.read(loss)
     assert not left
@@ -170,6 +176,18 @@ class _Watcher:
         self.ends: set[Slot] = set()  # what the last layer and generators are made from, before their outputs are cut
         self.heads: dict[str, list[tuple[tuple[int, ...], list[Any]]]] = {}
 
+    def only_in_first_layer(self) -> list[nn.Parameter]:
+        """Parameters that no other layer and nothing outside of the layers has."""
+        first, inside = self.found.layers[0], set(self.found.layers[0].modules())
+        others = {p for m in self.found.model.modules() if m not in inside for p in m.parameters(recurse=False)}
+        return [p for p in first.parameters() if p not in others]
+
+    def note_around(self, reader: int, values: Any) -> None:
+        """Which layers' values these are made from, other than through the layer right before the reader."""
+        read = {n for n in self.reads.made_from(values) if isinstance(n, int) and n < reader}
+        if read:
+            self.found.around.setdefault(reader, set()).update(read)
+
     def actions(self) -> dict[nn.Module, Action]:
         f = self.found
         made: dict[nn.Module, Action] = {
@@ -203,8 +221,11 @@ class _Watcher:
             self.spent[index] = self.at - start
             leaves, spec = pytree.tree_flatten(output)
             self.outputs[index] = ([None if is_state(x) else x for x in leaves], spec)
+            self.note_around(index, leaves)
             if index + 1 < len(self.found.layers) or not self.found.roles.trained:
-                return output
+                before = range(index + 1)
+                leaves = [self.reads.passed(x, index + 1, before) if is_state(x) else x for x in leaves]
+                return pytree.tree_unflatten(leaves, spec)
             self.ends |= self.slots_behind(leaves)
             leaves = [self.reads.cut(x, _LAST) if is_state(x) else x for x in leaves]
             return pytree.tree_unflatten(leaves, spec)
@@ -219,6 +240,7 @@ class _Watcher:
             leaves, spec = pytree.tree_flatten(own(*args, **kwargs))
             self.at += self.flops.total - start
             self.ends |= self.slots_behind(leaves)
+            self.note_around(len(self.found.layers), leaves)
             leaves = [self.reads.cut(x, path).requires_grad_() if is_state(x) else x for x in leaves]
             self.heads.setdefault(path, []).append((read, leaves))
             return pytree.tree_unflatten([x.clone() if is_state(x) else x for x in leaves], spec)

@@ -49,6 +49,22 @@ def balanced(costs: Sequence[float], stages: int, front: float = 0.0, head: floa
     return [range(a, b) for a, b in itertools.pairwise(best[n][1])]
 
 
+def refuse_around(anatomy: Anatomy, ranges: Sequence[range]) -> None:
+    """Raise PartsError if a stage reads values of layers of other stages that its first layer is not handed, however small their share."""
+    total = len(anatomy.layers)
+    for stage in ranges:
+        readers = [*stage, total] if stage.stop == total else stage
+        for reader in readers:
+            if any(n < stage.start for n in anatomy.around.get(reader, ())):
+                path, start = anatomy.roles.layers, stage.start
+                what = "the loss" if reader == total else f"layer {reader}"
+                raise PartsError(
+                    f"the stages do not compute what the model does: {what} reads something made before layer {start} of {path}, on another "
+                    f"stage, besides what layer {start - 1} returns: it goes around the cut (a loss over the routers of all layers, collected "
+                    "hidden states, a cache that layers share). Switch that off (output_router_logits=False in the model's config, say), or give fewer stages."
+                )
+
+
 def trace_reads(
     anatomy: Anatomy,
     encoders: Sequence[EncoderModule],

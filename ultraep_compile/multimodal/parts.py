@@ -22,7 +22,7 @@ from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.anatomy import Anatomy, study
 from ultraep_compile.multimodal.calls import Calls
 from ultraep_compile.multimodal.check import check_parts
-from ultraep_compile.multimodal.cut import balanced, trace_reads
+from ultraep_compile.multimodal.cut import balanced, refuse_around, trace_reads
 from ultraep_compile.multimodal.division import Division, even
 from ultraep_compile.multimodal.inputs import learn_inputs, learn_items
 from ultraep_compile.multimodal.loss_tokens import entry, fits, learn_loss_tokens, weigh
@@ -173,6 +173,7 @@ def _find_parts(
     if costs is not None and len(costs) != len(anatomy.layers):
         raise PartsError(f"{len(costs)} costs for {len(anatomy.layers)} layers of {anatomy.roles.layers}")
     ranges = balanced(costs or anatomy.costs, stages, anatomy.front, anatomy.head)
+    refuse_around(anatomy, ranges)
     sample_key, features = learn_inputs(anatomy, batch)
     calls = Calls(anatomy)
     stage_modules = [StageModule(anatomy, calls, r.start, r.stop) for r in ranges]

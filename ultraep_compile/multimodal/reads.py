@@ -142,6 +142,18 @@ class Reads(TorchDispatchMode):
         self.name(copy, name)
         return copy
 
+    def passed(self, tensor: Tensor, name: Hashable, before: Iterable[Hashable]) -> Tensor:
+        """A copy of a tensor that has this name, and of which the names `before` count no more; all others do."""
+        bits = self._bits([tensor])
+        for gone in before:
+            bits &= ~self.names.get(gone, 0)
+        copy = tensor.clone()
+        for part in _plain(copy):
+            key, keeper = _memory(part)
+            self._made[key] = (keeper, bits)
+        self.name(copy, name)
+        return copy
+
     def _named(self, bits: int) -> set[Any]:
         return {name for name, bit in self.names.items() if bits & bit} if bits else set()
 
