@@ -37,7 +37,7 @@ from ultraep_compile.executor.follow import Structure, check_names, modes, shard
 from ultraep_compile.executor.holdings import Holdings, gather_state, holdings, let_go, names_of, part_names
 from ultraep_compile.executor.memory import Meter
 from ultraep_compile.executor.planning import Planner
-from ultraep_compile.executor.program import Program
+from ultraep_compile.executor.program import Program, forward_of
 from ultraep_compile.executor.run import Clock, StepRun, Units
 from ultraep_compile.executor.settings import Settings
 from ultraep_compile.executor.story import describe
@@ -240,10 +240,7 @@ class Pipeline:
             PartsError if the batch does not divide.
         """
         with failing(), self._undone():
-            self._connect()
-            self._follow()
-            microbatches = self.parts.microbatches(batch, self.settings.microbatches)
-            program = self._program_for(microbatches, batch)
+            microbatches, program = self._begin(batch, "trained on")
             before = {p: p.grad for p in self._bound.values() if p.grad is not None}
             for p in before:
                 p.grad = None
@@ -261,6 +258,34 @@ class Pipeline:
         self.steps += 1
         self.program = program
         return StepResult(loss, metrics, dict(self.meter.peak))
+
+    def evaluate(self, batch: Mapping[str, Any]) -> StepResult:
+        """Forward of a whole batch: the loss and metrics of a step, without gradients. Collective, as a step is.
+
+        Modes stay as the user has set them (`model.eval()` on every rank); gradients that parameters have are not touched, and no
+        activations are kept. It does not count as a step.
+
+        Args:
+            batch: as for `step`, with labels.
+        Raises: as `step`.
+        """
+        with failing(), self._undone(), torch.no_grad():
+            microbatches, program = self._begin(batch, "evaluated")
+            self.meter.start()
+            clock = Clock(self.device, on=False)
+            outcome = StepRun(
+                forward_of(program), self.units, self.channels, microbatches, self.steps, 1.0, clock
+            ).run()
+            with at(phase="reduction"):
+                loss, metrics = self._share(outcome.loss, outcome.metrics)
+        return StepResult(loss, metrics, dict(self.meter.peak))
+
+    def _begin(self, batch: Mapping[str, Any], use: str) -> tuple[list[Microbatch], Program]:
+        """What all ranks do first, on what they agreed to be the same batch for the same use."""
+        self._connect()
+        self._follow()
+        microbatches = self.parts.microbatches(batch, self.settings.microbatches)
+        return microbatches, self._program_for(microbatches, batch, use)
 
     def _connect(self) -> None:
         """Have connections to the other ranks: at first, and again after a failure."""
@@ -306,13 +331,13 @@ class Pipeline:
         if current is not None:
             yield current
 
-    def _program_for(self, microbatches: Sequence[Microbatch], batch: Mapping[str, Any]) -> Program:
+    def _program_for(self, microbatches: Sequence[Microbatch], batch: Mapping[str, Any], use: str) -> Program:
         """The plan of this batch, made here and equal everywhere; made anew only if the batch's costs are."""
-        program = self.planner.program(self._problem(microbatches))
-        self._agree(program, batch)
+        program = self.planner.program(self._problem(microbatches, use))
+        self._agree(program, batch, use)
         return program
 
-    def _problem(self, microbatches: Sequence[Microbatch]) -> Problem:
+    def _problem(self, microbatches: Sequence[Microbatch], use: str = "trained on") -> Problem:
         if len(microbatches) != self.settings.microbatches:
             raise PipelineError(
                 f"The batch was cut into {len(microbatches)} microbatches, not {self.settings.microbatches}."
@@ -320,7 +345,7 @@ class Pipeline:
         means: list[float] | None = None
         if self.outer_groups:
             self._check_sharded_items(microbatches)
-            told = digest_of(self._trained) % 2**20  # small, so that sums of squares over all pipelines are exact
+            told = digest_of(self._trained, use) % 2**20  # small, so that sums of squares over all pipelines are exact
             *table, mean, square = self._mean_over_pipelines([*step_sizes(self.parts, microbatches), told, told**2])
             means = [float(f"{x:.3g}") for x in table]
             self._alike_beside = mean == told and square == told**2
@@ -354,9 +379,9 @@ class Pipeline:
             table /= group.size()
         return table.tolist()
 
-    def _agree(self, program: Program, batch: Mapping[str, Any]) -> None:
+    def _agree(self, program: Program, batch: Mapping[str, Any], use: str) -> None:
         """Raise on every rank unless all have alike what they must. Also where every step begins at the same time."""
-        odd = disagreements(self._alike(program, batch), self.group)
+        odd = disagreements(self._alike(program, batch, use), self.group)
         if not self._alike_beside and not odd:  # a pipeline of one rank
             odd = [("what is trained, beside other pipelines,", [self.rank])]
         by_ranks: dict[tuple[int, ...], list[str]] = {}
@@ -369,9 +394,10 @@ class Pipeline:
                 " (loaders with the same seed), options and number of steps, and freeze, unfreeze, train() and eval() alike."
             )
 
-    def _alike(self, program: Program, batch: Mapping[str, Any]) -> list[Shared]:
+    def _alike(self, program: Program, batch: Mapping[str, Any], use: str) -> list[Shared]:
         """What all ranks must have alike, and what those that share weights must."""
         facts: Facts = {"the schedule": program.digest, "the number of steps": self.steps}
+        facts["whether the batch is trained on or evaluated"] = digest_of(use)
         if not self._alike_beside:
             facts["what is trained, beside other pipelines,"] = 1 + self.rank  # unlike everyone's
         if self.settings.compare_batches:

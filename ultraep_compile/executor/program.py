@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
@@ -72,6 +73,30 @@ def program_of(schedule: Schedule, rank: int) -> Program:
         frozenset(j for ops in schedule.ranks for op in ops if op.kind == "G" for j in op.microbatches),
         tuple(op for op in mine if op.kind in ("B", "I")),
         digest_of(schedule.ranks),
+    )
+
+
+_FORWARD_CHANNELS = ("FWD", "EMB", "H")
+
+
+def forward_of(program: Program) -> Program:
+    """The forwards of a program with their messages, in the same order: what waits for what stays, so it cannot wait for ever."""
+
+    def stays(action: Action) -> bool:
+        return action.kind in ("EF", "F", "G") if isinstance(action, Op) else on_its_way(action.message)
+
+    def on_its_way(message: Message) -> bool:
+        return message.channel in _FORWARD_CHANNELS
+
+    def kept(messages: dict[Op, tuple[Message, ...]]) -> dict[Op, tuple[Message, ...]]:
+        return {op: tuple(filter(on_its_way, several)) for op, several in messages.items()}
+
+    return dataclasses.replace(
+        program,
+        actions=tuple(filter(stays, program.actions)),
+        needs=kept(program.needs),
+        gives=kept(program.gives),
+        backwards=(),
     )
 
 

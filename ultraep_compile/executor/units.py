@@ -124,7 +124,8 @@ class StageUnit:
             outputs = self.module(entered, inputs, features)
         if not isinstance(outputs, tuple):
             raise PipelineError(f"Stage {self.index} returned a {type(outputs).__name__}; a stage must return a tuple.")
-        self.held[j] = _Held(outputs, entered, features)
+        if torch.is_grad_enabled():  # otherwise no backward comes
+            self.held[j] = _Held(outputs, entered, features)
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in outputs)
 
     def backward(
@@ -197,11 +198,11 @@ class EncoderUnit:
 
     def forward(self, items: Mapping[Item, dict[str, Any]], recompute: bool) -> dict[Item, tuple[Any, ...]]:
         """Features of each item, detached."""
-        made = {}
+        made, trained = {}, self.trainable and torch.is_grad_enabled()
         for key, item in items.items():
             here = to_device(item, self.device)
-            if recompute or not self.trainable:
-                if self.trainable:
+            if recompute or not trained:
+                if trained:
                     self.inputs[key] = (here, _Random.now(self.device))
                 with torch.no_grad():
                     outputs = self._call(here)
@@ -262,7 +263,7 @@ class GeneratorUnit:
                 loss = self.module(entered, **to_device(sample, self.device))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise PipelineError(f"Generator {self.name!r} must return its loss, one number, not {loss!r}.")
-            if loss.requires_grad:
+            if loss.requires_grad and torch.is_grad_enabled():
                 with no_autocast(self.device):
                     whole_backward([loss], [torch.full_like(loss, weight)])
             self.meter.release("generator", (self.name, j))
