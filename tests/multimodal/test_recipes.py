@@ -103,14 +103,11 @@ class Beside:
             with torch.no_grad():
                 loss = float(loss_of(single(**batch)))
             self.errors.append(abs(float(result) - loss) / abs(loss))
-            same = [
-                a is p.grad if a is None else torch.equal(a, p.grad)
-                for a, p in zip(before, pipe.parameters(), strict=True)
-            ]
-            assert all(same)
+            for was, p in zip(before, pipe.parameters(), strict=True):
+                assert was is p.grad or (was is not None and p.grad is not None and torch.equal(was, p.grad))
             return result
 
-        pipe.step, pipe.evaluate = stepped, evaluated
+        vars(pipe).update(step=stepped, evaluate=evaluated)
         return pipe
 
     def _follow(self, pipe: Pipeline, model: nn.Module, single: nn.Module) -> None:
