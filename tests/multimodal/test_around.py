@@ -25,7 +25,8 @@ class Around(Seeing):
     def loss(self, states, seen, image, tokens, labels):
         loss = self.head(states[:, -tokens.shape[1] :])
         kept, self.kept = self.kept, []
-        return self.text_loss(loss, labels) + (self.extra(kept) if kept else 0.0)
+        extra = self.extra(kept) if kept or self.how == "regularised" else 0.0
+        return self.text_loss(loss, labels) + extra
 
     def extra(self, kept):
         if self.how in ("hook: first", "first output"):
@@ -35,18 +36,23 @@ class Around(Seeing):
         if self.how == "hook: metric only":
             self.seen = float(kept[0].detach().sum())
             return 0.0
+        if self.how == "regularised":
+            return TINY * sum(layer.mix.weight.square().sum() for layer in self.trunk)
         return TINY * sum(k.square().mean() for k in kept)
 
     def forward(self, image, tokens, labels):
         self.kept = []
         seen = self.features(image)
         x = torch.cat([seen, self.embedded(tokens)], 1)
-        first = None
+        first = room = None
         for n, layer in enumerate(self.trunk):
             if self.how == "skip" and n == 3:
                 x = x + TINY * first
             x = layer(x)
             first = x if first is None else first
+            if self.how == "buffer":
+                x = torch.empty_like(x).copy_(x) if n == 0 else room.clone().copy_(x)
+                room = x
             if self.how.endswith("output") or self.how == "all outputs":
                 self.kept.append(x)
         return self.loss(self.norm(x), seen, image, tokens, labels)
@@ -54,7 +60,9 @@ class Around(Seeing):
 
 @pytest.mark.parametrize("how", ["hook: all", "hook: first", "all outputs", "first output"])
 def test_the_loss_reads_other_stages(how):
-    with pytest.raises(PartsError, match=r"the loss reads something made before layer 2 of trunk.*output_router_logits"):
+    with pytest.raises(
+        PartsError, match=r"the loss reads something made before layer 2 of trunk.*output_router_logits"
+    ):
         find_parts(made(Around, how), batch(), 2)
 
 
@@ -63,12 +71,18 @@ def test_a_layer_reads_other_stages():
         find_parts(made(Around, "skip"), batch(), 2)
 
 
-@pytest.mark.parametrize("how", ["none", "hook: last", "last output"])
+@pytest.mark.parametrize("how", ["none", "hook: last", "last output", "hook: metric only", "regularised", "buffer"])
 @pytest.mark.parametrize("stages", [2, 4])
-def test_what_the_last_stage_has_itself(how, stages):
+def test_what_stages_have_themselves(how, stages):
     assert len(find_parts(made(Around, how), batch(), stages).stages) == stages
 
 
 @pytest.mark.parametrize("how", ["hook: all", "all outputs", "skip"])
 def test_one_stage_has_everything(how):
     find_parts(made(Around, how), batch(), 1)
+
+
+def test_made_inside_the_first_layer():
+    """It is the whole first stage, so that nothing handed on stands behind what is made in it."""
+    with pytest.raises(PartsError, match="the loss reads something made before layer 1 of trunk"):
+        find_parts(made(Around, "hook: first"), batch(), 2, costs=[3e9, 1e9, 1e9, 1e9])

@@ -6,8 +6,9 @@ reads: features. What a projector's own output is made from ties it to the encod
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,8 +128,6 @@ def study(model: nn.Module, batch: Mapping[str, Any], roles: Roles | None = None
         )
     found = Anatomy(model, roles, list(model.get_submodule(roles.layers)))  # pyright: ignore[reportArgumentType]
     watcher = _Watcher(found)
-    for p in watcher.only_in_first_layer():
-        watcher.reads.name(p, 0)
     with torch.enable_grad(), watcher.reads, watcher.flops:
         left, output = run(model, batch, watcher.actions())
         loss = loss_of(output)
@@ -176,11 +175,15 @@ class _Watcher:
         self.ends: set[Slot] = set()  # what the last layer and generators are made from, before their outputs are cut
         self.heads: dict[str, list[tuple[tuple[int, ...], list[Any]]]] = {}
 
-    def only_in_first_layer(self) -> list[nn.Parameter]:
-        """Parameters that no other layer and nothing outside of the layers has."""
-        first, inside = self.found.layers[0], set(self.found.layers[0].modules())
-        others = {p for m in self.found.model.modules() if m not in inside for p in m.parameters(recurse=False)}
-        return [p for p in first.parameters() if p not in others]
+    @contextlib.contextmanager
+    def inside(self, index: int) -> Iterator[None]:
+        """What is made meanwhile is made in this layer. In later ones, what the layer before returned stands behind it anyhow."""
+        parameters = list(self.found.layers[0].parameters()) if index == 0 else []
+        for p in parameters:
+            self.reads.name(p, 0)
+        yield
+        for p in parameters:
+            self.reads.unname(p, 0)
 
     def note_around(self, reader: int, values: Any) -> None:
         """Which layers' values these are made from, other than through the layer right before the reader."""
@@ -216,7 +219,8 @@ class _Watcher:
             start = self.flops.total
             if not self.spent:
                 self.before = start - self.in_parts
-            output = own(*args, **kwargs)
+            with self.inside(index):
+                output = own(*args, **kwargs)
             self.at = self.flops.total
             self.spent[index] = self.at - start
             leaves, spec = pytree.tree_flatten(output)

@@ -107,6 +107,9 @@ class Reads(TorchDispatchMode):
         targets = written(func, args, kwargs)
         for target in targets:
             self.written |= self._named(self._watched(target))
+        if name_of(func) == "copy_" and _is_all(args[0]):  # what stood there is gone
+            self._made.pop(_memory(args[0])[0], None)
+            bits = self._bits(tensors_in(args[1]))
         if bits and name_of(func) not in FILLED:
             for tensor in (*tensors_in(output), *targets):
                 for part in _plain(tensor):
@@ -133,6 +136,12 @@ class Reads(TorchDispatchMode):
         for part in _plain(tensor):
             key, keeper = _memory(part)
             self._made[key] = (keeper, bit | self._made.get(key, (None, 0))[1])
+
+    def unname(self, tensor: Tensor, name: Hashable) -> None:
+        """The tensor has this name no more; what was made from it meanwhile has."""
+        for part in _plain(tensor):
+            key, keeper = _memory(part)
+            self._made[key] = (keeper, self._made.get(key, (None, 0))[1] & ~self.names.get(name, 0))
 
     def cut(self, tensor: Tensor, name: Hashable) -> Tensor:
         """A copy of a tensor that has this name, and of which nothing else counts any more."""
@@ -209,6 +218,13 @@ def _memory(tensor: Tensor) -> tuple[Any, Any]:
     except (NotImplementedError, RuntimeError):  # sparse tensors
         return id(tensor), tensor
     return ("storage", storage._cdata), StorageWeakRef(storage)
+
+
+def _is_all(tensor: Tensor) -> bool:
+    """Is it all there is in its memory?"""
+    if tensor.layout is not torch.strided or any(part is not tensor for part in _plain(tensor)):
+        return False
+    return tensor.is_contiguous() and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
