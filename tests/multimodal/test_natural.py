@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.multimodal.seeing import SAMPLES, WIDTH, WORDS, Layer, Seeing, batch, made
+from tests.multimodal.seeing import SAMPLES, WIDTH, WORDS, Layer, Seeing, batch, beside, made
 from tests.multimodal.test_families import assert_same
+from tests.multirank import run_ranks
 from ultraep_compile.errors import PartsError
 from ultraep_compile.multimodal.parts import find_parts
 
@@ -65,6 +66,20 @@ def test_encoders_without_gradients(how, frozen):
     parts = find_parts(model, whole, 2)
     assert parts.anatomy.roles.encoders == ["tower"]
     assert_same(parts, parts.microbatches(whole, 2))
+
+
+class Apart(Seeing):
+    def features(self, image):
+        return super().features(image).detach()
+
+
+def _split_backward(rank):
+    return beside(made(Apart), batch(), [batch(), batch(2)], base="zero-bubble")
+
+
+def test_split_backward_where_no_gradient_reaches_the_features():
+    for worst, error in run_ranks(2, _split_backward):
+        assert not error and worst < 1e-4
 
 
 class Maker(nn.Module):

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from ultraep_compile.errors import PipelineError
 from ultraep_compile.executor.autograd import can_split, input_backward, weight_backward, whole_backward
 from ultraep_compile.executor.memory import Meter
+from ultraep_compile.multimodal.skeleton import variables_behind
 
 Features = dict[str, tuple[Any, ...]]
 Item = tuple[int, int]  # microbatch, number in it
@@ -156,10 +157,11 @@ class StageUnit:
             if isinstance(out, Tensor) and out.requires_grad and grad is not None:
                 outputs.append(out.clone() if split and out._is_view() else out)  # the split detaches them in place
                 given.append(grad.to(out.dtype))
-        leaves = [t for t in tensors_in((held.hidden, held.features)) if t.requires_grad]
         if not split or not self.splits or not outputs:
             whole_backward(outputs, given)
             return None
+        reached = {id(v) for v in variables_behind(outputs)}  # features may be detached behind the encoder
+        leaves = [t for t in tensors_in((held.hidden, held.features)) if id(t) in reached]
         if not leaves:  # nobody asks for the input's gradient: all of it is weight part
             return lambda: whole_backward(outputs, given)
         groups = input_backward(outputs, given, leaves, self.parameters)
