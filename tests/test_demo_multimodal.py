@@ -55,7 +55,7 @@ def test_learns(tmp_path: Path) -> None:
         (["--processes", "5"], "--processes 5 does not fit"),
         (["--processes", "1"], "Use 2 to 4."),
         (["--device", "cuda"], "Leave --device and --inner out."),
-        (["--out", "taken/x"], "--out taken/x cannot be made"),
+        (["--out", "taken/x"], "taken/x cannot be written"),
     ],
 )
 def test_mistakes(

@@ -52,7 +52,7 @@ def test_options_and_their_defaults() -> None:
         "deadline_s": 300,
         "expect_moe_sites": None,
         "verify": 0,
-        "watch": True,
+        "watch": False,
         "trace": None,
     }
     assert INNER_BACKENDS == ("inductor", "aot_eager", "eager")

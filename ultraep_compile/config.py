@@ -60,7 +60,7 @@ class Options:
     verify: int = 0
     """For the first so many calls, run the unmodified graph too and raise where the results differ."""
 
-    watch: bool = True
+    watch: bool = False
     """At steps 1, 2, 4, ... 1024 and about every 1000th, compare one layer in turn with the module's own forward on what the
     step gave it, gradients included in training, and raise where they differ by more than rounding."""
 
