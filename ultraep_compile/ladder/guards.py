@@ -143,6 +143,7 @@ class Reads:
                 value = vars(each)[name]
                 if of_users(each.__module__):
                     self.keep(vars(each), name, value, f"{each.__name__}.{name}", label)
+                    self.may_run(value.fget if isinstance(value, property) else value)
                 return not isinstance(value, types.MemberDescriptorType)
             if of_users(each.__module__):
                 self.same.note(vars(each), name, _ABSENT, f"{each.__name__}.{name}")
@@ -212,15 +213,10 @@ class Reads:
 
     def ran(self, frame: types.FrameType) -> None:
         """A function of the user's was called: what it may read besides its arguments."""
-        code, space = frame.f_code, frame.f_globals
+        code = frame.f_code
         if code in self.codes:
             return
-        self.codes.add(code)
-        names = set(code.co_names)
-        where = space.get("__name__", "")
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
-                self._global(space, str(step.argval), f"{where}.{step.argval}", names)
+        names = self._globals_of(code, frame.f_globals)
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         for cls in (first if isinstance(first, type) else type(first)).__mro__ if id(first) in self.known else ():
             if of_users(cls.__module__) and not any(mark in vars(cls) for mark in _MARKS):
@@ -237,6 +233,32 @@ class Reads:
                         cell, f"{name} in {code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}", names
                     )
 
+    def may_run(self, function: Any) -> None:
+        """A function of the user's is at hand, and may be called: what it reads besides its arguments."""
+        function = getattr(function, "__func__", function)  # of a class or static method
+        if not isinstance(function, types.FunctionType) or not of_users(function.__module__ or ""):
+            return
+        code = function.__code__
+        if code in self.codes:
+            return
+        names = self._globals_of(code, function.__globals__)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if name != "__class__":
+                self._cell(cell, f"{name} in {function.__qualname__}", names)
+
+    def _globals_of(self, code: types.CodeType, space: dict[str, Any]) -> set[str]:
+        """Note the globals that a code reads, and those of functions made or named in it. Returns: the names of attributes in it."""
+        self.codes.add(code)
+        names = set(code.co_names)
+        where = space.get("__name__", "")
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
+                self._global(space, str(step.argval), f"{where}.{step.argval}", names)
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType) and inner not in self.codes:
+                names |= self._globals_of(inner, space)
+        return names
+
     def _global(self, space: dict[str, Any], name: str, label: str, names: set[str]) -> None:
         if name not in space:
             self.same.note(space, name, _ABSENT, label)
@@ -244,12 +266,14 @@ class Reads:
         value = space[name]
         self.keep(space, name, value, label)
         self._members(value, label, names)
+        self.may_run(value)
 
     def _members(self, value: Any, label: str, names: set[str]) -> None:
         """Attributes of modules, classes and functions, by the names in the code: reads of these cannot be followed."""
         if isinstance(value, types.ModuleType) and of_users(value.__name__):
             for name in names & vars(value).keys():
                 self.keep(vars(value), name, vars(value)[name], f"{label}.{name}")
+                self.may_run(vars(value)[name])
         elif isinstance(value, type) and of_users(value.__module__):
             for name in {n for n in names if not n.startswith("__")}:
                 self._of_class(value, name, f"{label}.{name}")
@@ -262,6 +286,7 @@ class Reads:
             return
         value = _contents(cell)
         self._members(value, label, names)
+        self.may_run(value)
         if isinstance(value, Tensor):
             return
         self.computed[id(cell), ""] = (lambda: _contents(cell), self.copied(value, label), label)
@@ -332,10 +357,16 @@ class Reads:
     # ---- watching a run ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def watching(self, paused: Callable[[], bool], leaves: Iterable[nn.Module] = ()) -> Iterator[None]:
-        """Note what runs inside; what it changes in Python is changed back, and in `written`."""
+    def watching(
+        self, paused: Callable[[], bool], leaves: Iterable[nn.Module], below: types.FrameType
+    ) -> Iterator[None]:
+        """Note what runs inside; what it changes in Python is changed back, and in `written`.
+
+        Args:
+            below: the frame that calls what is watched.
+        """
         stored: dict[tuple[int, str], tuple[Any, Any]] = {}
-        with _spied.watching(self, paused, tuple(leaves), stored):
+        with _spied.watching(self, paused, tuple(leaves), stored, below):
             yield
         for (_, name), (obj, before) in stored.items():
             own = _instance_dict(obj)
@@ -447,25 +478,28 @@ class _Spied:
         self.leaves: tuple[nn.Module, ...] = ()
         self.stored: dict[tuple[int, str], tuple[Any, Any]] = {}
         self.thread = 0
+        self.below: types.FrameType | None = None
         self.lock = threading.RLock()
 
     @contextlib.contextmanager
     def watching(
-        self, reads: Reads, paused: Callable[[], bool], leaves: tuple[nn.Module, ...], stored: dict
+        self,
+        reads: Reads,
+        paused: Callable[[], bool],
+        leaves: tuple[nn.Module, ...],
+        stored: dict,
+        below: types.FrameType,
     ) -> Iterator[None]:
         with self.lock:
             self.reads, self.paused, self.leaves, self.stored = reads, paused, leaves, stored
-            self.thread = threading.get_ident()
-            profile = sys.getprofile()
+            self.thread, self.below = threading.get_ident(), below
             self.follow(nn.Module)
             for obj, _ in list(reads.known.values()):
                 self.follow(type(obj))
-            sys.setprofile(self._called)
             try:
                 yield
             finally:
-                sys.setprofile(profile)
-                self.reads = None
+                self.reads, self.below = None, None
                 for cls, own in self.before.items():
                     for name in ("__getattribute__", "__setattr__"):
                         setattr(cls, name, own[name]) if name in own else delattr(cls, name)
@@ -543,19 +577,27 @@ class _Spied:
         spied_write._is_ours = True  # type: ignore[attr-defined]
         return spied_write
 
-    def _called(self, frame: types.FrameType, event: str, _: Any) -> None:
+    def running(self, frame: types.FrameType | None) -> None:
+        """Note the functions of the user's that run now, from a frame on down to what is watched.
+
+        Asked at every operation of torch. What runs without one is found from the names in those that do; `sys.setprofile`
+        would show it, too, but CPython 3.11 crashes now and then when it meets the frames that Dynamo evaluates.
+        """
         reads = self.reads
-        if event != "call" or reads is None or frame.f_code in reads.codes or self.paused():
+        if reads is None or self.thread != threading.get_ident():
             return
-        if of_users(frame.f_globals.get("__name__", "")) and frame.f_code.co_name != "<module>":
-            sys.setprofile(None)
-            try:
+        while frame is not None and frame is not self.below:
+            if (
+                frame.f_code not in reads.codes
+                and of_users(frame.f_globals.get("__name__", ""))
+                and frame.f_code.co_name != "<module>"
+            ):
                 reads.ran(frame)
-            finally:
-                sys.setprofile(self._called)
+            frame = frame.f_back
 
 
 _spied = _Spied()
+note_running = _spied.running
 
 
 # ---- small questions -------------------------------------------------------------------------------------------------

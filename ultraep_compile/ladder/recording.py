@@ -12,6 +12,7 @@ import enum
 import inspect
 import linecache
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ultraep_compile.ladder.explicit import explicit
-from ultraep_compile.ladder.guards import Reads, own_class
+from ultraep_compile.ladder.guards import Reads, note_running, own_class
 from ultraep_compile.ladder.together import is_repeatable, noticed, reduced, reduction_of
 from ultraep_compile.passes.lift.faults import ModelFault, is_theirs, run_theirs, told
 from ultraep_compile.passes.lift.values import Refusal
@@ -129,7 +130,7 @@ def record(
     devices = sorted({p.device.index or 0 for p in owner.parameters() if p.device.type == "cuda"})
     stored = {}
     try:
-        with reads.watching(lambda: recorder.paused > 0, leaves):
+        with reads.watching(lambda: recorder.paused > 0, leaves, sys._getframe()):
             with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
                 torch.manual_seed(0)
                 result = run_theirs(author_forward(owner), owner, *call.args, **call.kwargs)
@@ -298,6 +299,7 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.paused or name in _UNRECORDED:
             return run_theirs(func, *args, **kwargs)
+        note_running(sys._getframe(1))
         if not kwargs and name in ("einsum", "matmul", "__matmul__"):
             with self:  # its steps are recorded
                 if (out := explicit(name, args)) is not None:
