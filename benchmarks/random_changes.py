@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import platform
 import time
@@ -17,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from rich.progress import Progress
 
 from tests.ladder.random_changes import MODELS, Life
 
@@ -32,24 +33,25 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     started, wrong, kinds = time.monotonic(), [], collections.Counter()
-    bar, seed = tqdm(total=args.steps), args.seed
-    while bar.n < args.steps:
-        for model in MODELS:
+    with Progress() as progress:
+        bar = progress.add_task("steps", total=args.steps)
+        for turn in itertools.count():
+            model, seed = list(MODELS)[turn % len(MODELS)], args.seed + turn // len(MODELS)
+            if (left := args.steps - sum(kinds.values())) <= 0:
+                break
             torch._dynamo.reset()
             life = Life(model, seed)
-            for _ in range(min(args.life, args.steps - bar.n)):
+            for _ in range(min(args.life, left)):
                 try:
                     found = life.step()
                 except Exception as error:  # of a run that is to go on: it counts as wrong
                     found = f"{type(error).__name__}: {error}"
-                bar.update()
+                progress.advance(bar)
                 if found:
                     wrong.append({"model": model, "seed": seed, "history": life.history, "found": found[:500]})
-                    tqdm.write(f"{model}, seed {seed}: {found[:200]} after {' -> '.join(life.history[-6:])}")
+                    progress.console.print(f"{model}, seed {seed}: {found[:200]} after {' -> '.join(life.history[-6:])}")
                     break
             kinds.update(f"{model}: {name}" for name in life.history)
-        seed += 1
-    bar.close()
     record = {
         "benchmark": "random_changes",
         "device": platform.machine(),

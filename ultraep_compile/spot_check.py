@@ -291,7 +291,11 @@ def _leaves(args: list[Any], seen: list[Tensor], training: bool, dtype: torch.dt
             new = new.to(dtype)
         return new.requires_grad_(training and learns and new.is_floating_point())
 
-    return [leaf(t.clone(), True) for t in seen], [leaf(a, isinstance(a, Tensor) and a.requires_grad) for a in args]
+    once: dict[int, Any] = {}  # one leaf for a parameter that several arguments are: its gradient is the sum
+    for a in args:
+        if id(a) not in once:
+            once[id(a)] = leaf(a, isinstance(a, Tensor) and a.requires_grad)
+    return [leaf(t.clone(), True) for t in seen], [once[id(a)] for a in args]
 
 
 def _fresh(value: Any) -> Any:

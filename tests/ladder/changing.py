@@ -277,4 +277,74 @@ def difference(plain: nn.Module, ours: nn.Module, x: Tensor) -> str:
     return ""
 
 
-__all__ = ["CHANGES", "Dense", "F", "Reader", "Swapped", "difference", "step", "twins"]
+class Asking(nn.Module):
+    """Asks its parameters in Python what they are: their dtype, whether they learn, whether they are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(AskingExpert() for _ in range(EXPERTS))
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.experts[0].up.weight.dtype
+        weights, ids = self.gate(x.to(self.gate.weight.dtype)).softmax(-1).topk(2, -1)
+        y = torch.zeros(x.shape, dtype=dtype)
+        for e, expert in enumerate(self.experts):
+            tokens, choice = torch.where(ids == e)
+            if tokens.numel():
+                y = y.index_add(0, tokens, (expert(x[tokens]) * weights[tokens, choice, None].to(dtype)).to(dtype))
+        y = y if self.experts[0].up.weight.requires_grad else y * 2
+        return x + y.to(x.dtype) * self.unused.shape[0]
+
+
+class AskingExpert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x.to(self.up.weight.dtype))))
+
+
+def _learn(modules: str, learns: bool) -> Change:
+    return lambda m: [p.requires_grad_(learns) for p in m.get_submodule(modules).parameters()]
+
+
+def _other_parameters(dtype: torch.dtype) -> Change:
+    def change(model: nn.Module) -> None:
+        for linear in (x for x in model.experts.modules() if isinstance(x, nn.Linear)):
+            linear.weight = nn.Parameter(linear.weight.detach().to(dtype) * 1.1)
+            linear.bias = nn.Parameter(linear.bias.detach().to(dtype))
+
+    return change
+
+
+def _wider(model: nn.Module) -> None:
+    torch.manual_seed(5)
+    for expert in model.experts:
+        expert.up, expert.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+
+FORMS: dict[str, Change] = {
+    "experts' dtype": lambda m: m.experts.to(torch.float64),
+    "all experts frozen": _learn("experts", learns=False),
+    "tied": lambda m: setattr(m.experts[1].up, "weight", m.experts[0].up.weight),
+    "no bias": lambda m: [setattr(e.up, "bias", None) for e in m.experts],
+    "the router's dtype": lambda m: m.gate.to(torch.float64),
+    "dtype of one expert": lambda m: m.experts[1].to(torch.float64),
+    "data of another dtype": lambda m: [setattr(p, "data", p.data.double()) for p in m.experts.parameters()],
+    "other parameters": _other_parameters(torch.float32),
+    "other parameters of another dtype": _other_parameters(torch.float64),
+    "one expert frozen": _learn("experts.1", learns=False),
+    "the router frozen": _learn("gate", learns=False),
+    "everything frozen": _learn("", learns=False),
+    "one expert twice": lambda m: m.experts.__setitem__(1, m.experts[0]),
+    "wider experts": _wider,
+    "a shape that nothing computes with": lambda m: setattr(m, "unused", nn.Parameter(torch.zeros(3))),
+}
+"""Changes of what parameters are."""
+
+
+__all__ = ["CHANGES", "FORMS", "Asking", "Dense", "F", "Reader", "Swapped", "difference", "step", "twins"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ultraep_compile
-from tests.ladder.changing import CHANGES, Reader, Swapped, difference, set_at, twins
+from tests.ladder.changing import CHANGES, FORMS, Asking, Reader, Swapped, difference, set_at, twins
 from ultraep_compile.ladder.install import lifted_layer
 from ultraep_compile.ladder.standing import state_digest
 from ultraep_compile.preparation import findings_of
@@ -44,6 +44,27 @@ def test_a_change_after_compiling_is_noticed(name: str) -> None:
             change.undo()
 
 
+QUICK_FORMS = ("experts' dtype", "all experts frozen", "tied", "a shape that nothing computes with")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK_FORMS else pytest.param(n, marks=pytest.mark.slow) for n in FORMS]
+)
+def test_a_change_of_what_parameters_are_is_noticed(name: str) -> None:
+    """After the first call, and of a model that was prepared and has not run yet."""
+    for runs_before in (True, False) if name not in QUICK_FORMS else (True,):
+        torch._dynamo.reset()
+        plain, ours = twins(Asking(), X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if runs_before:
+                assert difference(plain, ours, X) == ""
+            for model in (plain, ours):
+                FORMS[name](model)
+            for _ in range(2):
+                assert difference(plain, ours, X) == ""
+
+
 def test_a_state_that_comes_back_uses_its_graph_again(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     plain, ours = twins(Reader(), X, expect_moe_sites=1)
@@ -59,6 +80,20 @@ def test_a_state_that_comes_back_uses_its_graph_again(caplog: pytest.LogCaptureF
     assert len(digests) == 2
     (line,) = [r.getMessage() for r in caplog.records]
     assert line == "Reader is lifted anew: temperature was 1.0 and is 0.3"
+
+
+def test_experts_of_another_dtype_are_balanced_still(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    plain, ours = twins(Asking(), X, expect_moe_sites=1)
+    caplog.set_level(logging.INFO, "ultraep_compile.ladder.standing")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="ultraep")
+        for dtype in (torch.float64, torch.float32, torch.float64):
+            for model in (plain, ours):
+                model.experts.to(dtype)
+            assert difference(plain, ours, X) == ""
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith("Asking is lifted anew: experts.0.up.weight.dtype was torch.float32 and is torch.float64")
 
 
 def test_what_cannot_be_lifted_anew_runs_as_it_is_and_says_why() -> None:

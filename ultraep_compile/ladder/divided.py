@@ -94,11 +94,12 @@ def whole(module: nn.Module) -> Iterator[None]:
     if division_of(module) is None:
         yield
         return
+    learns = {name: p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
     with torch.no_grad(), gathered(module):
         for names in (*division_of(module).lists, division_of(module).stacks):  # pyright: ignore
             for name in names:
                 holder, last = _place(module, name)
-                holder[last] = nn.Parameter(holder[last].detach().clone())
+                holder[last] = nn.Parameter(holder[last].detach().clone(), requires_grad=learns[name])
         with torch.enable_grad():
             yield
 

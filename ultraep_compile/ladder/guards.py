@@ -74,6 +74,7 @@ class Reads:
         self.lengths: dict[int, tuple[Any, int, str]] = {}
         self.computed: dict[tuple[int, str], tuple[Callable[[], Any], Any, str]] = {}
         """Values that no dict holds: slots, and what `__getattr__` makes up."""
+        self.asked = _Asked()
         self.contents: dict[str, tuple[Callable[[], Tensor], list[Any]]] = {}
         """Tensors whose numbers Python read."""
         self.known: dict[int, tuple[Any, str]] = {}
@@ -301,6 +302,18 @@ class Reads:
             path, (_attribute_of(self.known, path), [tensor, tensor._version, tensor.detach().clone()])
         )
 
+    def ask(self, owner: nn.Module, path: str, question: Callable[[Tensor], Any], label: str, answer: Any) -> None:
+        """Python asked a parameter or buffer what it is: its dtype, say."""
+        *above, name = path.split(".")
+        module = owner
+        for step in above:
+            self.same.note(module._modules, step, module._modules[step], path)
+            module = module._modules[step]
+            assert module is not None
+        holder = next((held for held in (module._parameters, module._buffers) if name in held), None)
+        if holder is not None:
+            self.asked.note(holder, name, question, answer, f"{path}.{label}")
+
     # ---- comparing ---------------------------------------------------------------------------------------------------
 
     def hold(self) -> bool:
@@ -311,6 +324,7 @@ class Reads:
                 and self.equal.hold()
                 and all(type(entry[0]) is entry[1] or _is_still(entry) for entry in self.classes.values())
                 and all(len(held) == size for held, size, _ in self.lengths.values())
+                and self.asked.hold()
                 and all(_is_like(read(), kept) for read, kept, _ in self.computed.values())
                 and all(_holds_numbers(read, then) for read, then in self.contents.values())
             )
@@ -324,6 +338,7 @@ class Reads:
                 yield f"{label} was {size} and is {len(size_of)}"
         yield from self.same.changes()
         yield from self.equal.changes()
+        yield from self.asked.changes()
         for obj, cls in self.classes.values():
             if own_class(type(obj)) is not own_class(cls):
                 yield f"the class of {self.known.get(id(obj), (obj, 'a module'))[1]} was {cls.__name__} and is {type(obj).__name__}"
@@ -337,7 +352,7 @@ class Reads:
 
     def size(self) -> int:
         """How many things are compared."""
-        kinds = (self.same.noted, self.equal.noted, self.classes, self.lengths, self.computed, self.contents)
+        kinds = (self.same.noted, self.equal.noted, self.classes, self.lengths, self.asked.noted, self.computed, self.contents)
         return sum(map(len, kinds))
 
     def digest(self) -> int:
@@ -346,6 +361,7 @@ class Reads:
             itertools.chain(self.same.lines(), self.equal.lines(), (f"{x[2]}={x[1]}" for x in self.lengths.values()))
         )
         lines += sorted(f"{label}={_shown(kept)}" for _, kept, label in self.computed.values())
+        lines += sorted(f"{label}={_shown(answer)}" for *_, answer, label in self.asked.noted.values())
         return int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:8], "big") >> 1
 
     def holds_modules_of(self, owner: nn.Module) -> bool:
@@ -447,6 +463,37 @@ class _Facts:
     def lines(self) -> Iterator[str]:
         for _, value, label in self.noted.values():
             yield f"{label}={_shown(value)}"
+
+
+class _Asked:
+    """What parameters and buffers said of themselves: (dict of a module, name, question) -> answer."""
+
+    def __init__(self) -> None:
+        self.noted: dict[tuple[int, str, str], tuple[dict[str, Any], str, Callable[[Tensor], Any], Any, str]] = {}
+        self._columns: tuple[int, list[tuple[Callable[[Tensor], Any], list[Any], list[str], list[Any]]]] = (0, [])
+
+    def note(
+        self, holder: dict[str, Any], name: str, question: Callable[[Tensor], Any], answer: Any, label: str
+    ) -> None:
+        self.noted.setdefault((id(holder), name, label), (holder, name, question, answer, label))
+
+    def hold(self) -> bool:
+        if self._columns[0] != len(self.noted):
+            found: dict[str, tuple[Callable[[Tensor], Any], list[Any], list[str], list[Any]]] = {}
+            for holder, name, question, answer, _ in self.noted.values():
+                _, holders, names, answers = found.setdefault(repr(question), (question, [], [], []))
+                holders.append(holder), names.append(name), answers.append(answer)
+            self._columns = len(self.noted), list(found.values())
+        return all(
+            all(map(operator.eq, map(question, map(operator.getitem, holders, names)), answers))
+            for question, holders, names, answers in self._columns[1]
+        )
+
+    def changes(self) -> Iterator[str]:
+        for holder, name, question, answer, label in self.noted.values():
+            now = _attempted(lambda q=question, h=holder, n=name: q(h[n]))
+            if not _is_like(now, answer):
+                yield f"{label} was {_shown(answer)} and is {_shown(now)}"
 
 
 def _put_back(holder: Any, key: Any, value: Any, now: Any) -> None:
@@ -699,6 +746,8 @@ def _shown(value: Any) -> str:
             else [_shown(v) for v in value]
         )
         text = f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, (set, frozenset)) else parts)})"
+    elif isinstance(value, torch.device):
+        text = value.type  # each rank has an index of its own
     elif isinstance(value, _PLAIN) or value is _ABSENT:
         text = repr(value)
     else:

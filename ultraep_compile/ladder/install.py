@@ -19,7 +19,17 @@ from ultraep_compile.ladder.divided import division_of, eager_forward, own_forwa
 from ultraep_compile.ladder.groups import Siblings
 from ultraep_compile.ladder.guards import Reads
 from ultraep_compile.ladder.recording import Call, author_forward, is_sizes
-from ultraep_compile.ladder.standing import EAGER, RAISE, STANDING, Standing, choice, choice_for, look, raise_error
+from ultraep_compile.ladder.standing import (
+    EAGER,
+    RAISE,
+    STANDING,
+    Standing,
+    choice,
+    choice_for,
+    forms_of,
+    look,
+    raise_error,
+)
 from ultraep_compile.ladder.together import Ranks
 from ultraep_compile.passes.lift.values import Refusal
 
@@ -181,7 +191,7 @@ def install(owner: nn.Module, layer: LiftedLayer, name: str, states: Sequence[tu
     layer.code = layer.code or forward.__code__.replace()
     forward.__code__ = layer.code
     for lift, reads in states:
-        standing.add(lift, reads, tuple(t.dtype for t in layer.call.inputs()))
+        standing.add(lift, reads, tuple(t.dtype for t in layer.call.inputs()), forms_of(owner))
     swap_class(owner, {"forward": forward, _LAYER: layer, STANDING: standing})
 
 

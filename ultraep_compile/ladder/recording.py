@@ -34,6 +34,14 @@ _NUMBERS = frozenset({
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose", "is_nonzero", "__contains__",
 })  # fmt: skip
 """Functions that tell Python what is in a tensor."""
+_QUESTIONS = frozenset({
+    "dtype", "device", "requires_grad", "shape", "ndim", "layout", "itemsize", "is_cuda", "is_cpu", "is_meta", "is_quantized",
+    "is_sparse",
+})  # fmt: skip
+_ASKING = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex", "element_size", "get_device",
+})  # fmt: skip
+"""Attributes and methods that tell Python what a tensor is, whatever is in it."""
 _UNRECORDED = frozenset({"size", "dim", "stride", "numel", "backward", "requires_grad_", "storage_offset", "data_ptr"})
 
 
@@ -197,7 +205,7 @@ def _restore(owner: nn.Module, before: dict[str, Any]) -> None:
 class _Recorder(TorchFunctionMode):
     def __init__(self, owner: nn.Module, call: Call, reads: Reads, planted: Planted | None) -> None:
         super().__init__()
-        self.reads = reads
+        self.owner, self.reads = owner, reads
         self.planted, self.turn = planted, 0
         self.graph, self.env, self.alive = fx.Graph(), {}, []
         self.values: dict[fx.Node, Any] = {}
@@ -297,6 +305,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if not self.paused and args and (name == "__get__" or name in _ASKING):
+            self._note_question(func, name, args, kwargs)
         if self.paused or name in _UNRECORDED:
             return run_theirs(func, *args, **kwargs)
         note_running(sys._getframe(1))
@@ -324,6 +334,21 @@ class _Recorder(TorchFunctionMode):
         elif name in _NUMBERS:
             self._note_numbers(args)
         return out
+
+    def _note_question(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
+        """Python asks what a parameter or buffer is."""
+        path = self.names.get(id(args[0]))
+        if path is None or kwargs:
+            return
+        if name != "__get__":
+            question = operator.methodcaller(name, *args[1:])
+        elif (name := func.__self__.__name__) in _QUESTIONS:
+            question = operator.attrgetter(name)
+        else:
+            return
+        with torch._C.DisableTorchFunction():
+            answer = question(args[0])
+        self.reads.ask(self.owner, path, question, name + "".join(f"({a})" for a in args[1:] if isinstance(a, int)), answer)
 
     def _note_numbers(self, args: Any) -> None:
         """Python was told numbers: where they come from what the module holds alone, nothing but these tells others."""

@@ -42,6 +42,14 @@ _ATTEMPTS = 16
 """To lift one module anew, in its life."""
 
 
+Forms = dict[str, tuple[tuple[int, ...], torch.device, torch.dtype]]
+"""Parameter -> shape, device, dtype. Recorded constants are of these; Dynamo's own guards see parameters that a graph reads."""
+
+
+def forms_of(owner: nn.Module) -> Forms:
+    return {n: (tuple(p.shape), p.device, p.dtype) for n, p in owner.named_parameters(remove_duplicate=False)}
+
+
 @dataclasses.dataclass(slots=True, weakref_slot=True)
 class State:
     """A state of Python that a module was seen in."""
@@ -49,10 +57,18 @@ class State:
     reads: Reads
     kinds: tuple[torch.dtype, ...]
     """Of the tensors that its forward was given."""
+    forms: Forms
+    """Of its parameters."""
     forward: str
     """Name in `LiftedLayer.forwards`; "" where the module's own runs."""
     reason: str = ""
     """Why it does."""
+
+    def fits(self, kinds: tuple[torch.dtype, ...], forms: Forms, cast: bool) -> bool:
+        """Is this for such inputs and parameters? Autocast gives both the dtype that it likes."""
+        if not cast:
+            return self.kinds == kinds and self.forms == forms
+        return self.forms.keys() == forms.keys() and all(f[:2] == forms[n][:2] for n, f in self.forms.items())
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,7 +83,7 @@ class Standing:
     """What lifting it anew has ended in, to be raised by its call; and the guard of that graph."""
     warned: set[str] = dataclasses.field(default_factory=set)
 
-    def add(self, lift: Lift, reads: Reads, kinds: tuple[torch.dtype, ...]) -> State:
+    def add(self, lift: Lift, reads: Reads, kinds: tuple[torch.dtype, ...], forms: Forms) -> State:
         forwards = self.layer.forwards
         found = next(
             (n for n, f in vars(forwards).items() if isinstance(f, Forward) and f.function is lift.function), None
@@ -76,7 +92,7 @@ class Standing:
             found = f"forward_{len(vars(forwards))}"
             facts = lift.facts
             setattr(forwards, found, Forward(lift.function, facts.lead, facts.most, facts.parameters, facts.ranks, bool(facts.inference)))
-        self.states.insert(0, State(reads, kinds, found))
+        self.states.insert(0, State(reads, kinds, forms, found))
         return self.states[0]
 
     def warn(self, text: str) -> None:
@@ -193,7 +209,8 @@ class _Guard:
         if owner is None or standing is None:
             return ""
         cast = any(torch.is_autocast_enabled(d) for d in {p.device.type for p in owner.parameters()} | {"cpu"})
-        fitting = [s for s in standing.states if cast or s.kinds == kinds]
+        forms = forms_of(owner)
+        fitting = [s for s in standing.states if s.fits(kinds, forms, cast)]
         self.state = next((s for s in fitting if s.reads.hold()), None)
         if self.state is None and not cast and (hooked := hooked_module(owner, standing.layer.facts.parameters)):
             standing.warn(
@@ -239,7 +256,8 @@ def lift_anew(owner: nn.Module, standing: Standing, kinds: tuple[torch.dtype, ..
     """Record, lift and prove a module in the state that it is in; None where that was tried too often already."""
     from ultraep_compile.ladder.layer import lift_again
 
-    what = _changes(standing, kinds)
+    forms = forms_of(owner)
+    what = _changes(standing, kinds, forms)
     if _get_current_dispatch_mode() is not None:  # an export: parameters have no values
         return None
     full = sum(bool(s.forward) for s in standing.states) >= _STATES and not _make_room(owner, standing)
@@ -261,11 +279,11 @@ def lift_anew(owner: nn.Module, standing: Standing, kinds: tuple[torch.dtype, ..
         log.warning("%s cannot be lifted anew", standing.name, exc_info=fault)
         lift, reads, reason = None, Reads(owner), f"internal error {type(fault).__name__}: {fault}"
     if lift is not None:
-        return standing.add(lift, reads, kinds)
+        return standing.add(lift, reads, kinds, forms)
     standing.warn(
         f"{standing.name} runs unbalanced: {what} since it was prepared, and it cannot be lifted so ({reason})"
     )
-    standing.states.append(State(reads, kinds, "", reason))
+    standing.states.append(State(reads, kinds, forms, "", reason))
     return standing.states[-1]
 
 
@@ -288,13 +306,28 @@ def _agree(owner: nn.Module, standing: Standing, what: str) -> None:
         )
 
 
-def _changes(standing: Standing, kinds: tuple[torch.dtype, ...]) -> str:
+def _changes(standing: Standing, kinds: tuple[torch.dtype, ...], forms: Forms) -> str:
     """What tells the module's state from the one nearest to it, in words."""
     told = [
-        list(s.reads.changes()) or [f"inputs were {_dtypes(s.kinds)} and are {_dtypes(kinds)}"] for s in standing.states
+        [*s.reads.changes(), *_reformed(s.forms, forms)] or [f"inputs were {_dtypes(s.kinds)} and are {_dtypes(kinds)}"]
+        for s in standing.states
     ]
     nearest = min(told, key=len, default=["nothing is known of its state"])
     return "; ".join(nearest[:3]) + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "")
+
+
+def _reformed(before: Forms, now: Forms) -> Iterator[str]:
+    """Example: `experts.0.weight was float32[4, 4] on cpu and is float64[4, 4] on cpu`. An index of a device is each rank's own."""
+
+    def told(forms: Forms, name: str) -> str:
+        if name not in forms:
+            return "no parameter"
+        shape, device, dtype = forms[name]
+        return f"{_dtypes((dtype,))}{list(shape)} on {device.type}"
+
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            yield f"{name} was {told(before, name)} and is {told(now, name)}"
 
 
 def _dtypes(kinds: tuple[torch.dtype, ...]) -> str:
