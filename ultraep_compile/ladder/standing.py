@@ -122,18 +122,6 @@ def standing_of(module: nn.Module) -> Standing | None:
     return getattr(type(module), STANDING, None)
 
 
-def state_digest(module: nn.Module) -> int:
-    """What Python's state is to a lifted module, as a number of 63 bits: equal on all ranks that may run it together.
-
-    0 for modules that are not lifted, 1 for one in a state that it was never recorded in.
-    """
-    standing = standing_of(module)
-    if standing is None:
-        return 0
-    state = next((s for s in standing.states if s.reads.hold()), None)
-    return 1 if state is None else state.reads.digest()
-
-
 # ---- while Dynamo traces ---------------------------------------------------------------------------------------------
 
 _now = threading.local()
@@ -225,7 +213,8 @@ class _Guard:
                 return RAISE
         self.others = fitting
         if self.state is None or not self.state.forward:
-            return ""
+            # frames of the module's own forward are shared by its experts, and Dynamo takes them for alike in hooks
+            return EAGER if any(self.hooks[len(HOOKS) :]) else ""
         if any(written in self.state.reads.seen for written in self.pending):
             standing.warn(
                 f"{standing.name} runs unbalanced: attributes that its forward reads are set while the model runs"
