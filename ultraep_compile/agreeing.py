@@ -175,7 +175,8 @@ def _facts(site: Site, made: ExpertSite, options: Options) -> Facts:
         "experts held by a rank": "its own" if made.sharded else "all",
         "gradients of experts": "of the sum of losses" if made.summed else "of the mean of losses",
         "routed pairs to plan from": str(least_pairs(made, site.top_k, options.balance_from, torch.is_grad_enabled())),
-        "Python state of the layer": site.python_state,
+        # what reads its own rank where a model divides experts by itself differs between ranks, and should
+        **({} if site.divided else site.python_state),
     }
 
 

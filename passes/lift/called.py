@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -28,6 +28,8 @@ class LiftedExperts:
     """Form of the gating, as recorded; used where the graph does not show it."""
     place: str = ""
     """Module that holds the experts."""
+    python_state: dict[str, str] = field(default_factory=dict)
+    """What the forward read in Python that a compiled graph has fixed, in words that ranks can compare."""
 
 
 _by_key: dict[str, LiftedExperts] = {}
@@ -72,6 +74,7 @@ def called_sites(facts: GraphFacts) -> Iterator[Site]:
             region=[counts, node, output, *parts.values()],
             anchors=[node],
             divided=(own.group, own.layout.ranks) if own.group else None,
+            python_state=lifted.python_state,
         )
 
 

@@ -68,9 +68,8 @@ class Site:
     divided: tuple[str, int] | None = None
     """Group and its size, where the model divides the experts over ranks by itself: `params` are this rank's."""
 
-    python_state: str = ""
-    """A digest of what the layer's forward read in Python and a compiled graph has fixed; all ranks of a group must have it
-    alike."""
+    python_state: dict[str, str] = field(default_factory=dict)
+    """What the layer's forward read in Python and a compiled graph has fixed: all ranks of a group must have it alike."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

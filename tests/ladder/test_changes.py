@@ -12,7 +12,7 @@ from torch import nn
 import ultraep_compile
 from tests.ladder.changing import CHANGES, FORMS, Asking, Reader, Swapped, difference, set_at, twins
 from ultraep_compile.ladder.install import lifted_layer
-from ultraep_compile.ladder.standing import state_digest
+from ultraep_compile.ladder.standing import standing_of
 from ultraep_compile.preparation import findings_of
 
 X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
@@ -69,12 +69,13 @@ def test_a_state_that_comes_back_uses_its_graph_again(caplog: pytest.LogCaptureF
     torch._dynamo.reset()
     plain, ours = twins(Reader(), X, expect_moe_sites=1)
     caplog.set_level(logging.INFO, "ultraep_compile.ladder.standing")
-    digests, graphs = set(), []
+    digests, graphs, standing = set(), [], standing_of(ours)
+    assert standing is not None
     for turn in range(6):
         for model in (plain, ours):
             model.temperature = (1.0, 0.3)[turn % 2]
         assert difference(plain, ours, X) == ""
-        digests.add(state_digest(ours))
+        digests |= {s.reads.digest() for s in standing.states if s.reads.hold()}
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert [n - graphs[0] for n in graphs] == [0, 1, 1, 1, 1, 1]
     assert len(digests) == 2

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import ultraep_compile
 from tests.ladder.changing import Reader
 from tests.multirank import run_ranks
-from ultraep_compile.errors import PeerTimeoutError, ShardingError
+from ultraep_compile.errors import PeerTimeoutError, ShardingError, TopologyError
 
 
 def _step(call, model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -19,6 +21,20 @@ def _step(call, model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tens
     y.square().mean().backward()
     assert model.gate.weight.grad is not None
     return {"y": y.detach(), "gate": model.gate.weight.grad.clone()}
+
+
+def _of_whole_experts(rank: int) -> str:
+    """All ranks hold all experts, and one was set otherwise before it was prepared: what it is told."""
+    x = torch.randn(24, 16, generator=torch.Generator().manual_seed(rank))
+    options = {"group": dist.group.WORLD, "redundant_experts": 1, "inner": "aot_eager", "deadline_s": 20}
+    model = Reader()
+    model.temperature = 1.0 + rank
+    ultraep_compile.prepare(model, (x,))
+    try:
+        torch.compile(model, backend="ultraep", options=options)(x)
+    except TopologyError as error:
+        return str(error)
+    return "nothing"
 
 
 def _changed(rank: int, world: int) -> list[str]:
@@ -38,7 +54,7 @@ def _changed(rank: int, world: int) -> list[str]:
     for temperature in (0.3, 1.0, 0.3):
         plain.temperature = ours.temperature = temperature
         compare()
-    ended = []
+    ended = [_of_whole_experts(rank)]
     ours.temperature = 2.0 + rank  # what each rank has is another thing
     try:
         compiled(x)
@@ -55,6 +71,7 @@ def _changed(rank: int, world: int) -> list[str]:
 
 
 def test_changes_on_all_ranks_are_followed_and_others_end_in_an_error() -> None:
-    for differ, alone in run_ranks(2, _changed, 2):
+    for whole, differ, alone in run_ranks(2, _changed, 2):
         assert "Python's state has changed differently on them" in differ and "temperature was" in differ
+        assert "the ranks do not agree" in whole and re.search("temperature in Python of layer .*: 1.0 on rank 0, 2.0 on rank 1", whole)
         assert alone == "PeerTimeoutError"

@@ -49,6 +49,8 @@ _LARGEST = 10_000
 """Entries of a container that is compared."""
 _SMALL = 4096
 """Numbers of a tensor that is compared."""
+_NAMED = 16
+"""Settings that ranks compare by name."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _INNER = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl", "call_super_init", "dump_patches"}
 _MARKS = ("_ultraep_plain", "_ultraep_sharded_parameters")
@@ -363,6 +365,19 @@ class Reads:
         lines += sorted(f"{label}={_shown(kept)}" for _, kept, label in self.computed.values())
         lines += sorted(f"{label}={_shown(answer)}" for *_, answer, label in self.asked.noted.values())
         return int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:8], "big") >> 1
+
+    def told(self) -> dict[str, str]:
+        """What was read, for ranks to compare: settings of the module itself by name, and a digest of everything.
+
+        Example: {"temperature in Python": "0.3", "all that its forward reads in Python": "1f0c..."}
+        """
+        named = {
+            label: _shown(value)
+            for _, value, label in self.equal.noted.values()
+            if "." not in label and isinstance(value, (bool, int, float, str))
+        }
+        first = {f"{label} in Python": named[label] for label in sorted(named)[:_NAMED]}
+        return {**first, "all that its forward reads in Python": f"{self.digest():x}"}
 
     def holds_modules_of(self, owner: nn.Module) -> bool:
         """Are all modules with parameters that this keeps alive still the owner's?"""

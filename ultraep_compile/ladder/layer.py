@@ -214,7 +214,7 @@ def _attempt(
         try:
             if why := reads.writes(exchanging=ranks.size > 1):
                 raise Missed(why)
-            made = _with_sources(owner, name, call, way, recordings, found, [*leads[:-1], *more[:2], leads[-1]], ranks)
+            made = _with_sources(owner, name, call, way, recordings, found, [*leads[:-1], *more[:2], leads[-1]], ranks, reads)
             return Lift(*made, reads)
         except Refusal as reason:
             problem = problem if isinstance(problem, Unbalanceable) else problem or reason
@@ -245,7 +245,7 @@ def _judge_exchanges(recording: Recording, ranks: Ranks) -> None:
 
 
 def _with_sources(
-    owner, name, call, way: _Way, recordings, found: Analysis, leads, ranks: Ranks
+    owner, name, call, way: _Way, recordings, found: Analysis, leads, ranks: Ranks, reads: Reads
 ) -> tuple[Callable, str, LayerFacts]:
     parts = found.parts
     problem: Refusal = Missed("no recorded tensor holds the experts' ids or weights for each token")
@@ -256,7 +256,7 @@ def _with_sources(
     bounded = None
     for source in ways:
         try:
-            function, text, facts = _written(owner, name, call, recordings, found, source, leads, ranks, way.around)
+            function, text, facts = _written(owner, name, call, recordings, found, source, leads, ranks, way.around, reads)
         except Refusal as reason:
             problem = Missed(str(reason))
             continue
@@ -291,7 +291,7 @@ def _tokens_of(found: Analysis) -> list[set[int]]:
 
 
 def _written(
-    owner, name, call, recordings, found: Analysis, way: Sources, leads, ranks: Ranks, around: Around
+    owner, name, call, recordings, found: Analysis, way: Sources, leads, ranks: Ranks, around: Around, reads: Reads
 ) -> tuple[Callable, str, LayerFacts]:
     first = recordings[0]
     if ranks.size == 1 and (hooked := hooked_module(owner, itertools.chain(*found.parts.holders.values()))):
@@ -301,7 +301,7 @@ def _written(
     source = next((n.meta["source"] for n in first.graph.nodes if found.parts.label[n] and n.meta.get("source")), "")
     gating = gating_of(first, way.ids, way.weight, experts, around if ranks.size == 1 else ())
     place = ".".join(p for p in (name, _common_path(found)) if p) or type(owner).__name__
-    lifted = LiftedExperts(found.rows.module, experts, found.scaled, source, gating, place)
+    lifted = LiftedExperts(found.rows.module, experts, found.scaled, source, gating, place, reads.told())
 
     dtype = first.raw[found.rows.rows].dtype
     dynamic = ""

@@ -86,7 +86,7 @@ def _register(
     program = compile_row_function(
         lifted.row_function, signature, is_product=lambda t: t is expert_mm, is_take=lambda t: t is expert_take
     )
-    content = repr((name, program.key, dataclasses.asdict(layout), group))
+    content = repr((name, program.key, dataclasses.asdict(layout), group, lifted.python_state))
     key = f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     register_site(key, ExpertSite(name, layout, group, bool(group), program, summed=bool(group)))
     register_lifted(key, lifted)
