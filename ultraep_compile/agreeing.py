@@ -192,8 +192,8 @@ def _routers(gm: fx.GraphModule, rewrite: Rewrite) -> list[tuple[str, int]]:
             continue
         before = set(upstream(site.hidden))
         makers = {m for n in (site.ids, site.weight, site.scores) if n is not None for m in upstream(n)} - before
-        for node in makers:
-            if node.op == "placeholder" and (outer := _outer(gm, owner, node)) in places:
+        for node in owner.graph.find_nodes(op="placeholder"):  # in an order that all ranks have alike
+            if node in makers and (outer := _outer(gm, owner, node)) in places:
                 found.setdefault(places[outer], f"router's weights of layer {made.name} (input {len(found)})")
     return sorted(((name, index) for index, name in found.items()), key=lambda pair: pair[1])
 
