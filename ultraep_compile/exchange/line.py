@@ -53,6 +53,7 @@ class Line:
         self._connections: dict[str, Any] = {}
         self._aside: _Aside | None = None
         self._on_device: list[tuple[Any, float, str]] = []  # NCCL work, when it is late, for what
+        self._lock = threading.Lock()  # of that list, which the listening thread shortens
         nccl = "cuda:nccl" in str(dist.get_backend_config(group))
         self.uses_nccl = nccl
 
@@ -188,7 +189,9 @@ class Line:
             store = store_of(self.group, f"ultraep/{channel}/{self.epoch}")
             limit = self._gloo_limit()
             made = self._elsewhere(lambda: dist.ProcessGroupGloo(store, self.rank, self.size, limit))
-            connection = self._connections[channel] = self._wait(made, f"{what}: connecting {channel!r}")
+            connection = self._wait(made, f"{what}: connecting {channel!r}")
+            self._look(what, time.monotonic())  # another thread may have failed meanwhile: peers make new ones, too
+            self._connections[channel] = connection
             if len(self._connections) == 1:
                 self._introduce()
         return connection
@@ -208,12 +211,16 @@ class Line:
                 if peer != self.rank:  # gloo has no other way to close: after a wait that was too long it does
                     with contextlib.suppress(RuntimeError):
                         connection.recv([torch.empty(1)], peer, _CLOSING).wait(datetime.timedelta(milliseconds=1))
-        if self._on_device:
-            self._on_device.clear()
-            self.group.abort()
+        self._abort()
         if self._aside is not None:
             self._aside.end()
             self._aside = None
+
+    def let_go(self) -> None:
+        """Close all connections for good: the group was destroyed."""
+        with contextlib.suppress(ValueError):  # a watchdog that has ended knows no lines
+            self.watchdog.lines.remove(self)
+        self.close()
 
     # ---- waits
 
@@ -222,11 +229,12 @@ class Line:
         work, began = start(self.open(channel, what)), time.monotonic()
         with self.watchdog.waits(what):
             while True:
+                ended = work.is_completed()  # asked before: work may end just when the slice of a wait does
                 try:
                     work.wait(datetime.timedelta(seconds=_SLICE_S))
                     return
                 except RuntimeError as error:
-                    if work.is_completed():
+                    if ended:
                         self.fail(what, time.monotonic() - began, cause=error)
                 self._look(what, began)
 
@@ -251,13 +259,12 @@ class Line:
         began = time.monotonic()
         with self.watchdog.waits(what):
             while True:
+                ended = result.done()
                 try:
                     return result.result(_SLICE_S)
-                except FutureTimeout as error:
-                    if result.done():
+                except (FutureTimeout, RuntimeError) as error:
+                    if ended:
                         self.fail(what, time.monotonic() - began, cause=error)
-                except RuntimeError as error:
-                    self.fail(what, time.monotonic() - began, cause=error)
                 self._look(what, began)
 
     def _look(self, what: str, began: float) -> None:
@@ -277,7 +284,10 @@ class Line:
     ) -> NoReturn:
         """Raise `PeerTimeoutError` for a wait that failed, once it is known who is missing; connections are closed."""
         epoch = self.epoch if self.watchdog.heard is None else self.watchdog.epoch
-        failure = failure or self.watchdog.report(self.ranks, epoch, waited)
+        if failure is None:
+            failure = self.watchdog.report(self.ranks, epoch, waited)
+        else:
+            self.watchdog.announce(failure, epoch)
         self.watchdog.give_up(epoch)
         raise lost(failure, what, waited, self.deadline) from cause
 
@@ -303,24 +313,35 @@ class Line:
         self._check(what)
         work = start()
         work.wait()
-        self._on_device.append((work, time.monotonic() + self.deadline, f"{what} ({here()})"))
+        with self._lock:
+            self._on_device.append((work, time.monotonic() + self.deadline, f"{what} ({here()})"))
 
     def settle(self) -> None:
         """Wait on the host for what was launched on the device; before it reads there what came from other ranks."""
-        while self._on_device:
-            work, _, what = self._on_device[0]
+        for work, _, what in self._under_way():
             self.until(work.is_completed, what)
-            self._on_device.pop(0)
+        self._under_way()
 
     def look_after(self) -> None:
         """From the listening thread: end work on the device that is late, or that a failed rank holds up."""
-        self._on_device[:] = [entry for entry in self._on_device if not entry[0].is_completed()]
         now = time.monotonic()
-        for _, late, _ in tuple(self._on_device):
+        for _, late, _ in self._under_way():
             if now > late and self.watchdog.heard is None:
                 self.watchdog.heard = self.watchdog.report(self.ranks, self.epoch, self.deadline)
-        if self._on_device and self.watchdog.heard is not None:
-            self._on_device.clear()
+        if self.watchdog.heard is not None:
+            self._abort()
+
+    def _under_way(self) -> tuple[tuple[Any, float, str], ...]:
+        """What has not ended on the device; the rest is let go."""
+        with self._lock:
+            self._on_device = [entry for entry in self._on_device if not entry[0].is_completed()]
+            return tuple(self._on_device)
+
+    def _abort(self) -> None:
+        """End what is under way on the device."""
+        with self._lock:
+            ended, self._on_device = self._on_device, []
+        if ended:
             self.group.abort()
 
 
@@ -366,7 +387,14 @@ def line_of(group: dist.ProcessGroup) -> Line:
     """The line of a group, the same for all that exchange over it."""
     line, current = _lines.get(group), watchdog()
     if line is None or line.watchdog is not current:
-        for known in [g for g, made in _lines.items() if made.watchdog is not current]:
-            del _lines[known]
+        for known in [g for g, made in _lines.items() if made.watchdog is not current or _destroyed(g)]:
+            _lines.pop(known).let_go()
         line = _lines[group] = Line(group)
     return line
+
+
+def _destroyed(group: dist.ProcessGroup) -> bool:
+    try:
+        return not dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return True

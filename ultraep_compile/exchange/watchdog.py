@@ -104,11 +104,16 @@ class Watchdog:
         epoch = self.epoch
         words = " ".join(str(error).split())[:300]
         text = f"rank {self.rank} raised {type(error).__name__}{': ' * bool(words)}{words} ({here()})"
-        mark = {"by": self.rank, "ranks": [self.rank], "text": text}
-        with contextlib.suppress(RuntimeError, TimeoutError):  # without a store, closed connections must do
-            _within(ROLL_CALL_S, lambda: self.store.compare_set(f"mark/{epoch}", "", json.dumps(mark)))
+        self.announce(Failure((self.rank,), text), epoch)
         told(error)
         self.give_up(epoch)
+
+    def announce(self, failure: Failure, epoch: int) -> None:
+        """Leave a mark of a failure whose cause is known, for all ranks of the job: also those outside of the group in
+        which it was noticed go on to the next number."""
+        mark = json.dumps({"by": self.rank, "ranks": failure.ranks, "text": failure.text})
+        with contextlib.suppress(RuntimeError, TimeoutError):  # without a store, closed connections must do
+            _within(ROLL_CALL_S, lambda: self.store.compare_set(f"mark/{epoch}", "", mark))
 
     def report(self, ranks: Sequence[int], epoch: int, waited: float) -> Failure:
         """A wait for other ranks out of `ranks` failed; the cause, after asking around."""
@@ -192,7 +197,11 @@ class Watchdog:
             return _missing(at, "has not come")
         places = {r: answers[r]["waits"] for r in others} | {self.rank: (self._waiting or ("",))[0]}
         usual = Counter(places.values()).most_common(1)[0][0]
-        odd = tuple(r for r in sorted(places) if places[r] != usual) or tuple(others)
+        odd = tuple(r for r in sorted(places) if places[r] != usual)
+        if not odd:
+            return Failure(
+                tuple(others), f"all ranks are there and wait for {usual}, but a connection between them broke"
+            )
         text = "; ".join(f"rank {r} waits for {places[r]}" for r in sorted(places)[:_SHOWN])
         return Failure(odd, f"the ranks wait at different places: {text}")
 
@@ -291,12 +300,25 @@ def watchdog() -> Watchdog:
 
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
-    """Whatever is raised in the block is told to the other ranks, and connections are closed."""
+    """The block tells all other ranks of whatever is raised in it, and raises it.
+
+    For loops that catch exceptions themselves: what is raised in a pipeline's step, or ends the program, is told anyway.
+    The others raise `PeerTimeoutError` with its words within 2 s, or at their next exchange; connections are made anew at
+    the next exchange of all ranks.
+
+    Example:
+        try:
+            with ultraep_compile.exchange.failing():
+                train_step(next(batches))
+        except (BadSample, PeerTimeoutError):
+            optimizer.zero_grad()  # on all ranks: the step is left out
+    """
     try:
         yield
     except BaseException as error:
         if dist.is_initialized():
-            watchdog().tell(error)
+            with contextlib.suppress(RuntimeError):  # the store is gone: the user's own error is the one to see
+                watchdog().tell(error)
         raise
 
 
