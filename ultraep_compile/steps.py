@@ -63,7 +63,8 @@ class Compiled:
             _leave_the_others(group, before, count, reason)
         if self.expected is not None and count != self.expected:
             raise SiteCountError(self._miscount(count, missing, reason))
-        if missing or (new and count < before):
+        told = self._told() if missing else {}  # with a warning of their own
+        if len(missing) > len(told) or (not missing and new and count < before):  # layers that are alike may share a name
             self._warn(step, missing, max(before, count + len(missing)), reason)
 
     def _missing(self, step: steps.Step, trouble: bool) -> list[str]:
@@ -83,11 +84,21 @@ class Compiled:
                 found = _experts_in(model)
             if len(step.balanced) < len(found):
                 missing |= dict.fromkeys(p for p in found if not any(_is_same(p, b) for b in step.balanced))
-        return list(missing)
+        return [m or type(model).__name__ for m in missing]
+
+    def _told(self) -> dict[str, str]:
+        """Lifted layers that have fallen back to their own forward, and why."""
+        from ultraep_compile.ladder.standing import why_unbalanced
+
+        model = self.model() if self.model else None
+        modules = model.named_modules() if model is not None else ()
+        return {n or type(m).__name__: why for n, m in modules if (why := why_unbalanced(m))}
 
     def _miscount(self, count: int, missing: list[str], reason: str) -> str:
+        told = self._told()
         reasons = "".join(f"\n  {layer}: {why}" for layer, why in self.reasons.items())
-        reasons += "".join(f"\n  {m}: {reason or _OWN}" for m in missing if m not in self.reasons)
+        reasons += "".join(f"\n  {why}" for why in told.values())
+        reasons += "".join(f"\n  {m}: {reason or _OWN}" for m in missing if m not in self.reasons | told)
         if not missing and reason:
             reasons += f"\n  {reason}"
         return (

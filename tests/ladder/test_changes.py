@@ -11,6 +11,7 @@ from torch import nn
 
 import ultraep_compile
 from tests.ladder.changing import CHANGES, FORMS, Asking, Reader, Swapped, difference, set_at, twins
+from ultraep_compile.errors import SiteCountError
 from ultraep_compile.ladder.install import lifted_layer
 from ultraep_compile.ladder.standing import standing_of
 from ultraep_compile.preparation import findings_of
@@ -110,6 +111,35 @@ def test_what_cannot_be_lifted_anew_runs_as_it_is_and_says_why() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert difference(plain, ours, X) == ""
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Asking(), Asking()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_layer_that_fell_back_is_not_counted_and_gives_one_warning() -> None:
+    torch._dynamo.reset()
+    _, ours = twins(Two(), X)
+    _, counting = twins(Two(), X, expect_moe_sites=2)
+    counting(X)
+    for model in (ours, counting):
+        model.get_submodule("first.experts.2").to(torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours(X), ours(X)
+        for _ in range(2):
+            with pytest.raises(SiteCountError, match=r"rewrote 1(.|\n)*first runs unbalanced: experts.2.up.weight.dtype was"):
+                counting(X)
+    said = [str(w.message) for w in caught if str(w.message).startswith("ultraep")]
+    assert len(said) == 2 and len(set(said)) == 1, "one for each model"
+    assert said[0].startswith("ultraep: first runs unbalanced: experts.2.up.weight.dtype was torch.float32 and is torch.float64")
+    counting.get_submodule("first.experts.2").to(torch.float32)
+    counting(X)
 
 
 class Counting(Reader):

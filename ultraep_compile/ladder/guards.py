@@ -52,7 +52,7 @@ _SMALL = 4096
 _NAMED = 16
 """Settings that ranks compare by name."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_INNER = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl", "call_super_init", "dump_patches"}
+_INNER = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl", "_call_impl", "call_super_init", "dump_patches"}
 _MARKS = ("_ultraep_plain", "_ultraep_sharded_parameters")
 """In the classes that this package gives to modules."""
 _OURS = ("_ultraep_", "__")
@@ -324,14 +324,29 @@ class Reads:
             return (
                 self.same.hold()
                 and self.equal.hold()
-                and all(type(entry[0]) is entry[1] or _is_still(entry) for entry in self.classes.values())
-                and all(len(held) == size for held, size, _ in self.lengths.values())
+                and self._classes_hold()
+                and all(map(operator.eq, map(len, self._sized[0]), self._sized[1]))
                 and self.asked.hold()
                 and all(_is_like(read(), kept) for read, kept, _ in self.computed.values())
                 and all(_holds_numbers(read, then) for read, then in self.contents.values())
             )
         except Exception:  # what cannot be read or compared is another
             return False
+
+    def _classes_hold(self) -> bool:
+        objects, classes = self._classed
+        if all(map(operator.is_, map(type, objects), classes)):
+            return True
+        return all(type(entry[0]) is entry[1] or _is_still(entry) for entry in self.classes.values())
+
+    @functools.cached_property
+    def _classed(self) -> tuple[list[Any], list[type]]:
+        """Objects and their classes in columns. A recording that is done is only compared from then on."""
+        return [entry[0] for entry in self.classes.values()], [entry[1] for entry in self.classes.values()]
+
+    @functools.cached_property
+    def _sized(self) -> tuple[list[Any], list[int]]:
+        return [held for held, *_ in self.lengths.values()], [size for _, size, _ in self.lengths.values()]
 
     def changes(self) -> Iterator[str]:
         """What is not as it was: `experts.0.2.p was 0.5 and is 0.0`."""

@@ -142,6 +142,7 @@ def record(
             with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.around(leaves):
                 torch.manual_seed(0)
                 result = run_theirs(author_forward(owner), owner, *call.args, **call.kwargs)
+            recorder.paused += 1  # what we read ourselves is no state
             for path, value in _attributes(owner).items():
                 if before.get(path) is not value and id(value) in recorder.env:
                     stored[path] = recorder.env[id(value)]

@@ -82,6 +82,8 @@ class Standing:
     error: tuple[UltraEPError, _Guard] | None = None
     """What lifting it anew has ended in, to be raised by its call; and the guard of that graph."""
     warned: set[str] = dataclasses.field(default_factory=set)
+    told: str = ""
+    """The latest of them."""
 
     def add(self, lift: Lift, reads: Reads, kinds: tuple[torch.dtype, ...], forms: Forms) -> State:
         forwards = self.layer.forwards
@@ -97,6 +99,7 @@ class Standing:
 
     def warn(self, text: str) -> None:
         """Once for each text."""
+        self.told = text
         if text not in self.warned:
             self.warned.add(text)
             warnings.warn(f"ultraep: {text}", stacklevel=2)
@@ -120,6 +123,16 @@ class Forward:
 
 def standing_of(module: nn.Module) -> Standing | None:
     return getattr(type(module), STANDING, None)
+
+
+def why_unbalanced(module: nn.Module) -> str:
+    """What was warned of a lifted module that runs its own forward in the state that it is in, "" for any other."""
+    standing = standing_of(module)
+    if standing is None:
+        return ""
+    state = next((s for s in standing.states if s.reads.hold()), None)
+    lifted = state is not None and state.forward and not hooked_module(module, standing.layer.facts.parameters)
+    return "" if lifted else standing.told
 
 
 # ---- while Dynamo traces ---------------------------------------------------------------------------------------------
@@ -213,8 +226,9 @@ class _Guard:
                 return RAISE
         self.others = fitting
         if self.state is None or not self.state.forward:
-            # frames of the module's own forward are shared by its experts, and Dynamo takes them for alike in hooks
-            return EAGER if any(self.hooks[len(HOOKS) :]) else ""
+            # Frames of the module's own forward are shared by its experts, and Dynamo takes them for alike in hooks. And what exchanges
+            # rows with other ranks has sizes that Dynamo fails on, where each rank has its own.
+            return EAGER if any(self.hooks[len(HOOKS) :]) or standing.layer.ranks.size > 1 else ""
         if any(written in self.state.reads.seen for written in self.pending):
             standing.warn(
                 f"{standing.name} runs unbalanced: attributes that its forward reads are set while the model runs"
